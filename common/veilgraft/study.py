@@ -1,0 +1,339 @@
+"""The contract: what one study is, as all parties hold it.
+
+A study is read from `study.yaml` once and never changes. Its *digest* is the SHA-256 of its
+canonical form: every key that binds a party, with defaults written out, as sorted JSON. What is
+local to one machine (where a file lies, how a simulation splits its data) is not part of it.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    model_validator,
+)
+
+from veilgraft.config import Config, RelativePath, sha256_of
+
+FORMAT = 1
+"""Version of the canonical form; a change of meaning raises it and so changes every digest."""
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+def _text(value: object) -> object:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _listed(value: object) -> object:
+    return (value,) if isinstance(value, Mapping | DataSource) else value
+
+
+def _none_for_equal(value: object) -> object:
+    return {} if value == "equal" else value
+
+
+def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
+    if len(labels) < 2:
+        raise ValueError(f"expected at least two labels, got {len(labels)}")
+    if len(set(labels)) < len(labels):
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        raise ValueError(f"expected distinct labels, got {', '.join(twice)} more than once")
+    return labels
+
+
+Label = Annotated[str, BeforeValidator(_text), StringConstraints(min_length=1, max_length=200)]
+
+
+class DataSource(Config):
+    """Where records lie and which columns matter.
+
+    Attributes:
+        path: a CSV, JSONL or Parquet file, or a folder of images, `LABEL/file`.
+        source: `digits`, scikit-learn's handwritten digits, in place of a path.
+        format: told from the path unless given.
+        input: the column that holds the text or the image's bytes.
+        label: the column that holds the label, by name or by integer.
+        separator: between several labels in one cell of a multi-label task.
+        on_bad_record: whether a row that can't be read stops the load or is left out.
+    """
+
+    path: RelativePath | None = None
+    source: Literal["digits"] | None = None
+    format: Literal["csv", "jsonl", "parquet", "images"] | None = None
+    input: str | None = None
+    label: str = "label"
+    separator: Annotated[str, StringConstraints(min_length=1)] = ";"
+    on_bad_record: Literal["fail", "skip"] = "fail"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.source is None):
+            raise ValueError("expected exactly one of the keys path and source")
+        return self
+
+
+class Task(Config):
+    """What the head learns: one label of many, or any number of them (`multilabel`)."""
+
+    type: Literal["classification", "multilabel"] = "classification"
+    labels: Annotated[tuple[Label, ...], AfterValidator(_distinct)]
+
+
+class Preprocessing(Config):
+    """How an image becomes a tensor where the backbone's folder does not say.
+
+    Attributes:
+        size: side in pixels; images are resized to size × size, bilinear.
+        mean: subtracted from each channel after scaling to [0, 1].
+        std: what each channel is then divided by.
+    """
+
+    size: PositiveInt
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
+
+
+class Backbone(Config):
+    """The frozen, pinned model that turns a record into features.
+
+    Attributes:
+        digest: pins every file of the folder (see `veilgraft backbone verify`).
+        path: where the folder lies on this machine; not part of the contract.
+        max_length: tokens at most, for text.
+        standardise: the bundle's public feature statistics are applied to all features.
+    """
+
+    digest: Digest
+    path: RelativePath | None = None
+    modality: Literal["image", "text"]
+    pooling: Literal["cls", "mean", "pooler"]
+    max_length: PositiveInt = 128
+    preprocessing: Preprocessing | None = None
+    standardise: bool = False
+
+
+class Head(Config):
+    """The small trainable part: `linear`, or `mlp` with `hidden` sizes."""
+
+    type: Literal["linear", "mlp"] = "linear"
+    hidden: tuple[PositiveInt, ...] = ()
+    activation: Literal["relu", "gelu", "tanh"] = "relu"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _hidden_suits_type(self) -> Self:
+        if (self.type == "mlp") != bool(self.hidden):
+            raise ValueError("expected hidden sizes for type mlp, and none for type linear")
+        if self.type == "linear" and self.dropout:
+            raise ValueError("expected no dropout for type linear")
+        return self
+
+
+class Privacy(Config):
+    """What is promised to each unit, and the noise that keeps the promise.
+
+    Exactly one of `epsilon` (from which the noise is solved) and `noise_multiplier` (from which
+    ε follows) is given, and neither where the algorithm is `none`.
+
+    Attributes:
+        unit: `record`, or the column whose value names the protected person.
+        max_instances: rows of one unit that take part, at most.
+        epsilon: the study's ε at `delta`, add/remove one unit, over all rounds.
+        clip_norm: L2 bound on one unit's gradient.
+    """
+
+    unit: str = "record"
+    max_instances: PositiveInt = 1
+    epsilon: PositiveFloat | None = None
+    noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e5)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1e-3)] = 1e-5
+    clip_norm: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0
+
+    @model_validator(mode="after")
+    def _a_record_is_one_instance(self) -> Self:
+        if self.unit == "record" and self.max_instances != 1:
+            raise ValueError("expected max_instances 1 where the unit is a record")
+        return self
+
+
+class Training(Config):
+    """How the head is trained.
+
+    Attributes:
+        algorithm: `dp-sgd` (Poisson-sampled local steps), `dp-gd` (one full-batch gradient a
+            round, momentum at the coordinator, the last half of the iterates averaged) or
+            `none`: either of them, neither clipped nor noised, so not private.
+        rounds: planned; the plan is what is paid for.
+        schedule: of the learning rate over the rounds; `plateau` halves it when the public
+            accuracy has not risen for `patience` rounds.
+        sample_rate: probability with which a local step takes a unit; makes the algorithm take
+            local steps.
+        local_epochs: expected passes over the data in a round.
+    """
+
+    algorithm: Literal["dp-sgd", "dp-gd", "none"]
+    rounds: PositiveInt
+    learning_rate: PositiveFloat
+    schedule: Literal["constant", "cosine", "plateau"] = "constant"
+    patience: PositiveInt = 3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    sample_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    local_epochs: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _sampling_suits_algorithm(self) -> Self:
+        given = [k for k in ("sample_rate", "local_epochs") if getattr(self, k) is not None]
+        if self.algorithm == "dp-gd" and given:
+            raise ValueError(f"expected no {' or '.join(given)} for algorithm dp-gd")
+        if len(given) == 1 or (self.algorithm == "dp-sgd" and not given):
+            raise ValueError(
+                f"expected both sample_rate and local_epochs for algorithm {self.algorithm}, "
+                f"got {given[0] if given else 'neither'}"
+            )
+        return self
+
+    @property
+    def sampled(self) -> bool:
+        """Whether a round is local steps over Poisson samples, not one full-batch gradient."""
+        return self.sample_rate is not None
+
+    @property
+    def local_steps(self) -> int:
+        """Steps of one round at one site: a constant of the study."""
+        if self.sample_rate is None or self.local_epochs is None:
+            return 1
+        return max(1, round(self.local_epochs / self.sample_rate))
+
+
+class Aggregation(Config):
+    """How releases become the next head.
+
+    Attributes:
+        weights: `equal`, or a public constant for each site; empty stands for `equal`.
+        quorum: valid releases that a round needs.
+        timeout: seconds that a round waits for them.
+        max_update_norm: a release with a larger L2 norm is dropped.
+    """
+
+    method: Literal["fedavg"] = "fedavg"
+    weights: Annotated[dict[Name, PositiveFloat], BeforeValidator(_none_for_equal)] = Field(
+        default_factory=dict
+    )
+    quorum: PositiveInt = 1
+    timeout: PositiveFloat = 600.0
+    max_update_norm: PositiveFloat = 100.0
+
+
+class Evaluation(Config):
+    """What the coordinator measures: accuracy and loss on public records."""
+
+    data: DataSource | None = None
+
+
+class Partition(Config):
+    """How a simulation splits one data set over its sites.
+
+    Attributes:
+        by: `iid`, `dirichlet` (label skew; smaller `alpha`, more skew) or `column`.
+        seed: of the shuffle that comes first; a public constant, not a source of privacy.
+    """
+
+    by: Literal["iid", "dirichlet", "column"] = "iid"
+    alpha: PositiveFloat = 0.5
+    column: str | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _column_is_named(self) -> Self:
+        if (self.by == "column") != (self.column is not None):
+            raise ValueError("expected a column where, and only where, the split is by column")
+        return self
+
+
+class Simulation(Config):
+    """What `veilgraft simulate` needs beyond the contract; never part of it.
+
+    Attributes:
+        data: one source, which the simulation splits over `sites` sites, or a list of sources,
+            one for each site.
+        data_is_public: the user's word that nobody's privacy is at stake in these records.
+        holdout: records kept apart for evaluation before the split, a count or a share, where
+            the study names no public evaluation data.
+        grid: the values over which a sweep and every comparison are tuned.
+    """
+
+    data: Annotated[tuple[DataSource, ...], BeforeValidator(_listed)] = ()
+    data_is_public: bool = False
+    sites: PositiveInt = 10
+    holdout: Annotated[float, Field(gt=0)] = 0.2
+    partition: Partition = Partition()
+    grid: dict[Literal["learning_rate", "rounds"], tuple[PositiveFloat, ...]] = Field(
+        default_factory=dict
+    )
+
+
+class Study(Config):
+    """One agreed training job; see the module's docstring."""
+
+    name: Name
+    purpose: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    task: Task
+    backbone: Backbone
+    head: Head = Head()
+    privacy: Privacy = Privacy()
+    training: Training
+    aggregation: Aggregation = Aggregation()
+    evaluation: Evaluation = Evaluation()
+    simulation: Simulation = Simulation()
+
+    @model_validator(mode="after")
+    def _noise_is_named_once(self) -> Self:
+        privacy = self.privacy
+        given = (privacy.epsilon is not None) + (privacy.noise_multiplier is not None)
+        if self.training.algorithm == "none" and given:
+            raise ValueError(
+                "training.algorithm none is not private: expected neither privacy.epsilon nor "
+                "privacy.noise_multiplier"
+            )
+        if self.training.algorithm != "none" and given != 1:
+            raise ValueError(
+                "expected exactly one of privacy.epsilon and privacy.noise_multiplier, "
+                f"got {'both' if given else 'neither'}"
+            )
+        return self
+
+    @property
+    def private(self) -> bool:
+        """Whether the algorithm clips and noises."""
+        return self.training.algorithm != "none"
+
+    @property
+    def canonical(self) -> dict[str, Any]:
+        """The contract as plain values, defaults written out, local keys left out."""
+        local: dict[str, Any] = {
+            "simulation": True,
+            "backbone": {"path"},
+            "evaluation": {"data"},
+        }
+        return {"format": FORMAT, **self.model_dump(mode="json", exclude=local)}
+
+    @cached_property
+    def digest(self) -> str:
+        """`sha256:` and the hex SHA-256 of the canonical form."""
+        return "sha256:" + sha256_of(self.canonical)
+
+    def learning_rate(self, round_: int) -> float:
+        """Return the scheduled rate of a round (from 1); `plateau` starts as constant."""
+        rate = self.training.learning_rate
+        if self.training.schedule != "cosine":
+            return rate
+        return rate * 0.5 * (1 + math.cos(math.pi * (round_ - 1) / self.training.rounds))
