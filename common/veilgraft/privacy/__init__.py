@@ -1,0 +1,1 @@
+"""The privacy mathematics: noise, mechanism, accounting. Pure: no Flower, no files."""
