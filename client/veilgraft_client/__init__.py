@@ -1,0 +1,1 @@
+"""A site: the courier that has a network, the vault that has the data."""

@@ -1,0 +1,1 @@
+"""What both sides agree on about models: backbone, features, head, tasks, export."""
