@@ -1,0 +1,206 @@
+"""The ledger's rules of release."""
+
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from veilgraft.errors import Refusal, RefusedError
+from veilgraft.plan import Plan
+from veilgraft.privacy import accounting
+from veilgraft.privacy.accounting import Event
+from veilgraft_client.ledger import Key, Ledger, LedgerError
+
+STUDY = "sha256:" + "a" * 64
+OTHER = "sha256:" + "b" * 64
+PLAN = Plan(rounds=3, update=Event(4.0), delta=1e-5)
+
+
+def key(round_: int = 1, head: str = "h1", site: str = "a") -> Key:
+    return Key(site, STUDY, round_, head)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    made = Ledger(tmp_path / "ledger.db")
+    made.grant("a", STUDY, PLAN, max_epsilon=100)
+    return made
+
+
+def reserved(ledger: Ledger, name: Key) -> int:
+    reservation = ledger.reserve(name)
+    assert isinstance(reservation, int)
+    return reservation
+
+
+def test_the_same_key_again_gives_the_stored_bytes_and_costs_nothing(ledger: Ledger) -> None:
+    ledger.commit(reserved(ledger, key()), b"noised")
+    spent = ledger.epsilon("a", 1e-5)
+    assert ledger.reserve(key()) == b"noised"
+    assert ledger.epsilon("a", 1e-5) == spent
+
+
+def test_the_same_round_with_another_head_is_refused(ledger: Ledger) -> None:
+    ledger.commit(reserved(ledger, key()), b"noised")
+    with pytest.raises(RefusedError) as refusal:
+        ledger.reserve(key(head="h2"))
+    assert refusal.value.code == Refusal.ROUND_CONFLICT
+    assert len(ledger.events("a")) == 1
+
+
+def test_a_reservation_without_a_commit_may_be_computed_once_more_and_is_then_paid_again(
+    ledger: Ledger,
+) -> None:
+    first = reserved(ledger, key())
+    assert reserved(ledger, key()) == first
+    assert len(ledger.events("a")) == 1
+    second = reserved(ledger, key())
+    assert second != first
+    assert len(ledger.events("a")) == 2
+
+
+def test_only_the_first_commit_of_a_reservation_counts(ledger: Ledger) -> None:
+    reservation = reserved(ledger, key())
+    assert ledger.commit(reservation, b"one") == b"one"
+    assert ledger.commit(reservation, b"two") == b"one"
+
+
+def test_a_key_that_was_paid_twice_still_has_one_release(ledger: Ledger) -> None:
+    first = reserved(ledger, key())
+    reserved(ledger, key())
+    second = reserved(ledger, key())
+    assert ledger.commit(second, b"two") == b"two"
+    assert ledger.commit(first, b"one") == b"two"
+    assert ledger.reserve(key()) == b"two"
+
+
+def test_nothing_beyond_the_granted_plan_can_be_spent(ledger: Ledger) -> None:
+    for round_ in (1, 2, 3):
+        ledger.commit(reserved(ledger, key(round_)), b"noised")
+    with pytest.raises(RefusedError, match="all 3 granted rounds are spent") as refusal:
+        ledger.reserve(key(4))
+    assert refusal.value.code == Refusal.UNAVAILABLE
+    assert ledger.epsilon("a", 1e-5) == pytest.approx(accounting.epsilon([Event(4.0)] * 3, 1e-5))
+
+
+def test_a_release_without_a_grant_is_refused(ledger: Ledger) -> None:
+    with pytest.raises(RefusedError) as refusal:
+        ledger.reserve(key(site="b"))
+    assert refusal.value.code == Refusal.STUDY_NOT_APPROVED
+
+
+def test_granting_again_changes_nothing_and_another_plan_is_refused(ledger: Ledger) -> None:
+    ledger.grant("a", STUDY, PLAN, max_epsilon=100)
+    assert sum(entry.kind == "grant" for entry in ledger.entries()) == 1
+    with pytest.raises(RefusedError):
+        ledger.grant("a", STUDY, Plan(4, Event(4.0), 1e-5), max_epsilon=100)
+
+
+def test_the_cap_covers_all_studies_together_and_says_the_numbers(ledger: Ledger) -> None:
+    one = accounting.epsilon([Event(4.0)] * 3, 1e-5)
+    with pytest.raises(RefusedError, match=r"over budget.*max_epsilon is 5") as refusal:
+        ledger.grant("a", OTHER, Plan(30, Event(2.0), 1e-5), max_epsilon=5)
+    assert refusal.value.code == Refusal.UNAVAILABLE
+    ledger.grant("a", OTHER, PLAN, max_epsilon=2 * one)
+
+
+def test_a_release_without_noise_has_no_bound(ledger: Ledger) -> None:
+    ledger.grant("a", OTHER, Plan(1, None, 1e-5), max_epsilon=float("inf"))
+    ledger.reserve(Key("a", OTHER, 1, "h"))
+    assert ledger.epsilon("a", 1e-5) == float("inf")
+
+
+def test_sites_in_one_file_do_not_pay_for_each_other(ledger: Ledger) -> None:
+    ledger.grant("b", STUDY, PLAN, max_epsilon=100)
+    ledger.reserve(key(site="b"))
+    assert ledger.epsilon("a", 1e-5) == 0
+    assert ledger.epsilon("b", 1e-5) > 0
+
+
+def test_a_joined_transaction_is_all_or_nothing(ledger: Ledger) -> None:
+    with pytest.raises(ZeroDivisionError), ledger.transaction():
+        ledger.commit(reserved(ledger, key()), b"noised")
+        raise ZeroDivisionError
+    assert ledger.events("a") == []
+    assert isinstance(ledger.reserve(key()), int)
+
+
+def test_entries_survive_the_process_and_the_chain_fits(ledger: Ledger) -> None:
+    ledger.commit(reserved(ledger, key()), b"noised")
+    head = ledger.head()
+    ledger.close()
+    again = Ledger(ledger.path)
+    assert again.head() == head
+    assert again.verify() == 4
+    assert again.reserve(key()) == b"noised"
+
+
+def test_entries_can_be_neither_changed_nor_removed(ledger: Ledger) -> None:
+    with sqlite3.connect(ledger.path) as raw:
+        for statement in ("UPDATE entries SET body = '{}'", "DELETE FROM entries"):
+            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                raw.execute(statement)
+    raw.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE entries SET body = replace(body, '4.0', '9.0') WHERE kind = 'reserve'",
+        "UPDATE payloads SET bytes = x'00'",
+        "DELETE FROM entries WHERE kind = 'reserve'",
+    ],
+)
+def test_verify_finds_a_forged_entry(ledger: Ledger, change: str) -> None:
+    ledger.commit(reserved(ledger, key()), b"noised")
+    raw = sqlite3.connect(ledger.path)
+    raw.executescript(f"DROP TRIGGER no_update; DROP TRIGGER no_delete; {change};")
+    raw.close()
+    with pytest.raises(LedgerError):
+        ledger.verify()
+
+
+def test_the_file_is_for_its_owner_alone(ledger: Ledger) -> None:
+    assert ledger.path.stat().st_mode & 0o077 == 0
+
+
+def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    path.write_bytes(b"not a database at all, and long enough to be looked at" * 20)
+    with pytest.raises(LedgerError, match="can't open the ledger"):
+        Ledger(path)
+
+
+RELEASE = """
+import sys
+from pathlib import Path
+from veilgraft_client.ledger import Key, Ledger
+
+ledger = Ledger(Path(sys.argv[1]))
+sys.stdin.readline()
+found = ledger.reserve(Key("a", sys.argv[2], 1, "h1"))
+payload = found if isinstance(found, bytes) else ledger.commit(found, sys.argv[3].encode())
+print(payload.decode())
+"""
+
+
+def test_two_processes_that_ask_for_the_same_key_get_the_same_bytes(ledger: Ledger) -> None:
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RELEASE, ledger.path, STUDY, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("one", "two", "three")
+    ]
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    payloads = {worker.communicate(timeout=60)[0] for worker in workers}
+    assert len(payloads) == 1
+    assert payloads <= {"one\n", "two\n", "three\n"}
+    ledger.verify()
