@@ -1,0 +1,217 @@
+"""Features: the one shape that all training takes, and the store that computes them once.
+
+A *unit* is what privacy protects, an *instance* one labelled thing within it. Values are
+`(units, instances, dim)`; a plain record is a unit of one instance.
+"""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from veilgraft import study
+from veilgraft.config import sha256_of
+from veilgraft.model.backbone import FrozenBackbone, Records, identity
+
+Array: TypeAlias = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Units ready for training.
+
+    Attributes:
+        values: `(units, instances, dim)`, float32.
+        mask: `(units, instances)`, bool; false where a unit has fewer instances than the widest.
+        targets: `(units, instances)`, int64, a label's index; or `(units, instances, labels)`,
+            float32, for `multilabel`.
+
+    Raises:
+        ValueError: a shape or type is another.
+    """
+
+    values: torch.Tensor
+    mask: torch.Tensor
+    targets: torch.Tensor
+
+    def __post_init__(self) -> None:
+        units = self.values.shape[:2]
+        _expect("values", self.values, torch.float32, self.values.ndim == 3)
+        _expect("mask", self.mask, torch.bool, self.mask.shape == units)
+        multilabel = self.targets.ndim == 3
+        kind = torch.float32 if multilabel else torch.int64
+        _expect("targets", self.targets, kind, self.targets.shape[:2] == units)
+
+    def __len__(self) -> int:
+        """Return the number of units."""
+        return len(self.values)
+
+    def select(self, units: torch.Tensor | slice) -> "Features":
+        """Return these units: views for a slice, copies for indices or a mask."""
+        return Features(self.values[units], self.mask[units], self.targets[units])
+
+
+def _expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, fits: bool) -> None:
+    if tensor.dtype != dtype or not fits:
+        raise ValueError(
+            f"{name}: expected {dtype} of (units, instances, …), "
+            f"got {tensor.dtype} of {tuple(tensor.shape)}"
+        )
+
+
+def units(values: Array, targets: torch.Tensor) -> Features:
+    """Return one unit for each row; a store's memory map is not copied.
+
+    Args:
+        values: `(rows, dim)`, float32.
+        targets: `(rows,)`, int64, or `(rows, labels)`, float32.
+    """
+    rows = _tensor(values)
+    mask = torch.ones(len(rows), 1, dtype=torch.bool)
+    return Features(rows.unsqueeze(1), mask, targets.unsqueeze(1))
+
+
+def _tensor(values: Array) -> torch.Tensor:
+    if isinstance(values, np.memmap) and values.mode == "c":
+        # A private mapping: what is written to the tensor never reaches the file, and torch
+        # warns of arrays that can't be written.
+        values = values.view()
+        values.flags.writeable = True
+    return torch.from_numpy(np.require(values, requirements="W"))
+
+
+class FeatureStore:
+    """Features on disk, computed once for each backbone and data set.
+
+    A file's name is the SHA-256 of what shaped it: the backbone's identity and the data's
+    fingerprint. Files have mode 0600 in a folder of mode 0700; features can be inverted to
+    something like the record, so they are guarded as records are. A file appears whole or not
+    at all, and any number of processes may extract at once: the last to finish wins.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(
+        self,
+        spec: study.Backbone,
+        open_backbone: Callable[[], FrozenBackbone],
+        inputs: Records,
+        fingerprint: str,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        batch_size: int = 16,
+    ) -> Array:
+        """Return the features of all rows, `(rows, dim)`, memory-mapped and read-only.
+
+        The backbone is opened only where no whole file for these rows is there. Memory is
+        bounded by one batch.
+
+        Args:
+            spec: what the study says of the backbone.
+            open_backbone: opens the backbone that `spec` pins.
+            fingerprint: of the data; the same for the same rows in the same order only.
+            progress: called with rows done and rows in all after each batch.
+
+        Raises:
+            InputError: a record can't be read.
+            OSError: the folder can't be written, or the disk is full.
+        """
+        key = sha256_of({"backbone": identity(spec), "data": fingerprint})
+        path = self.folder / f"{key}.npy"
+        if (stored := _mapped(path, len(inputs))) is not None:
+            return stored
+        backbone = open_backbone()
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+        self._remove_abandoned()
+        with _replacing(path) as partial:
+            values = _new_map(partial, (len(inputs), backbone.dim))
+            for done in _extract(backbone, inputs, values, batch_size):
+                if progress is not None:
+                    progress(done, len(inputs))
+            values.flush()
+        made = _mapped(path, len(inputs))
+        if made is None:
+            raise OSError(f"{path}: changed while it was written")
+        return made
+
+    def _remove_abandoned(self) -> None:
+        """Remove what killed processes left; a living writer holds a lock on its file."""
+        for partial in self.folder.glob(".*.partial"):
+            with contextlib.suppress(OSError), partial.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                partial.unlink(missing_ok=True)
+
+
+def _extract(
+    backbone: FrozenBackbone, inputs: Records, values: Array, batch_size: int
+) -> Iterator[int]:
+    """Fill the rows batch by batch; yield how many are done after each."""
+    order = backbone.order(inputs)
+    for start in range(0, len(inputs), batch_size):
+        rows = list(order[start : start + batch_size])
+        batch: Any = [inputs[row] for row in rows]
+        values[rows] = backbone.features(batch).numpy()
+        yield start + len(rows)
+
+
+def _mapped(path: Path, rows: int) -> Array | None:
+    """Return the whole file with this many rows as a private, read-only map, or `None`."""
+    try:
+        values = np.lib.format.open_memmap(path, mode="c")
+    except (OSError, ValueError):
+        return None
+    whole = path.stat().st_size == values.offset + values.nbytes
+    if not whole or values.dtype != np.float32 or values.ndim != 2 or len(values) != rows:
+        return None
+    values.flags.writeable = False
+    return values
+
+
+def _new_map(path: Path, shape: tuple[int, int]) -> "np.memmap[Any, np.dtype[np.float32]]":
+    values = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    with path.open("r+b") as file:
+        # A full disk is an error here, and a fatal signal when a mapped page can't be backed.
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return values
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a new, locked file that becomes `path` at the end, or is removed on an error."""
+    handle, partial = _locked_partial(path)
+    try:
+        yield partial
+        os.fsync(handle)
+        partial.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked_partial(path: Path) -> tuple[int, Path]:
+    while True:
+        handle, name = tempfile.mkstemp(".partial", f".{path.stem}.", path.parent)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        # Another process may have taken it for abandoned before it was locked.
+        if os.fstat(handle).st_nlink:
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
