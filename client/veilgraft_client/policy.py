@@ -1,0 +1,95 @@
+"""The site's own file, and what it lets a study and a request do.
+
+What matters for privacy comes from here and from the approved study, never from a message. A
+refusal carries a fixed code for the coordinator and the reason in full for the site.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from veilgraft.config import Config, RelativePath
+from veilgraft.errors import Refusal, RefusedError
+from veilgraft.messages import Request
+from veilgraft.plan import Plan
+from veilgraft.study import DataSource, Digest, Name, Study
+
+
+class Limits(Config):
+    """What the site allows at most, over the whole life of its data.
+
+    Attributes:
+        max_epsilon: ε of everything ever released, at `delta`.
+        min_units: a site that declares fewer takes no part.
+        studies, backbones: digests that may be used; None allows any that a person approves.
+    """
+
+    max_epsilon: PositiveFloat
+    delta: Annotated[float, Field(gt=0, lt=1e-3)] = 1e-5
+    min_units: PositiveInt = 1
+    studies: tuple[Digest, ...] | None = None
+    backbones: tuple[Digest, ...] | None = None
+
+
+class Site(Config):
+    """`site.yaml`: one site's data, declarations and limits.
+
+    Attributes:
+        units: the number of units that the site declares; it enters the arithmetic in place of
+            the measured one, which would show through ε.
+        consent, anonymisation: the site's declarations, in its own words.
+        data_is_public: the site's word that nobody's privacy is at stake; only then may a study
+            without noise or with a seed run here.
+        state: folder for features and ledger.
+    """
+
+    site: Name
+    data: DataSource
+    units: Annotated[int, Field(gt=0, le=2**20)]
+    consent: str = ""
+    anonymisation: str = ""
+    limits: Limits
+    data_is_public: bool = False
+    state: RelativePath
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def check_study(site: Site, study: Study, plan: Plan, *, seeded: bool) -> None:
+    """Raise `RefusedError` unless the site's file allows the study; spends nothing."""
+    limits = site.limits
+    if not site.data_is_public and (seeded or not study.private):
+        what = "a seed" if seeded else "training.algorithm none"
+        raise RefusedError(
+            Refusal.STUDY_NOT_APPROVED,
+            f"{site.site}: {what} gives no privacy, and data_is_public is not true here",
+        )
+    if limits.studies is not None and study.digest not in limits.studies:
+        raise RefusedError(
+            Refusal.STUDY_NOT_APPROVED, f"{site.site}: limits.studies does not name {study.digest}"
+        )
+    if limits.backbones is not None and study.backbone.digest not in limits.backbones:
+        raise RefusedError(
+            Refusal.STUDY_NOT_APPROVED,
+            f"{site.site}: limits.backbones does not name {study.backbone.digest}",
+        )
+    if plan.update is not None and plan.delta > limits.delta:
+        raise RefusedError(
+            Refusal.STUDY_NOT_APPROVED,
+            f"{site.site}: the study asks for δ = {plan.delta:g}, limits.delta is {limits.delta:g}",
+        )
+    if site.units < limits.min_units:
+        raise RefusedError(
+            Refusal.UNAVAILABLE,
+            f"{site.site}: {site.units} units declared, limits.min_units is {limits.min_units}",
+        )
+
+
+def check_request(site: Site, study: Study, request: Request) -> None:
+    """Raise `RefusedError` unless the request fits the approved study; spends nothing."""
+    if request.site != site.site:
+        raise RefusedError(Refusal.REQUEST_INVALID, f"{site.site}: asked as {request.site}")
+    if request.round > study.training.rounds:
+        raise RefusedError(
+            Refusal.REQUEST_INVALID,
+            f"{site.site}: round {request.round} of {study.training.rounds} was asked for",
+        )

@@ -1,0 +1,260 @@
+"""The vault: what it answers, what it refuses, and what that costs."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from veilgraft import messages
+from veilgraft.errors import Refusal, RefusedError
+from veilgraft.messages import Envelope, Hello, Here, Refused, Release, Request
+from veilgraft.model import head as heads
+from veilgraft.model.features import Features, units
+from veilgraft.study import Study
+from veilgraft_client.ledger import Ledger
+from veilgraft_client.policy import Limits, Site
+from veilgraft_client.vault import Vault
+
+DIM = 4
+
+
+def study(**sections: Any) -> Study:
+    values: dict[str, Any] = {
+        "name": "s",
+        "purpose": "p",
+        "task": {"labels": ["a", "b", "c"]},
+        "backbone": {"digest": "sha256:" + "0" * 64, "modality": "text", "pooling": "cls"},
+        "privacy": {"noise_multiplier": 5.0},
+        "training": {"algorithm": "dp-gd", "rounds": 3, "learning_rate": 1.0},
+    }
+    return Study.parse({**values, **sections}, name="study.yaml")
+
+
+def site(tmp_path: Path, **changes: Any) -> Site:
+    values: dict[str, Any] = {
+        "site": "a",
+        "data": {"path": tmp_path / "records.csv"},
+        "units": 20,
+        "limits": {"max_epsilon": 50.0},
+        "state": tmp_path / "state",
+    }
+    return Site.parse({**values, **changes}, name="site.yaml")
+
+
+def features(count: int = 20) -> Features:
+    generator = np.random.default_rng(1)
+    values = generator.normal(size=(count, DIM)).astype(np.float32)
+    return units(values, torch.from_numpy(generator.integers(0, 3, count)))
+
+
+def vault(tmp_path: Path, held: Features | None = None, **options: Any) -> Vault:
+    seed = options.pop("seed", None)
+    ledger = Ledger(tmp_path / "state" / "ledger.db")
+    own = features() if held is None else held
+    return Vault(site(tmp_path, **options), ledger, lambda _: own, seed=seed)
+
+
+def request(contract: Study, round_: int = 1, fill: float = 0.0, **changes: Any) -> Envelope:
+    shapes = heads.shapes(contract.head, DIM, 3)
+    payload = messages.pack({name: np.full(shape, fill) for name, shape in shapes.items()})
+    values = {
+        "site": "a",
+        "study": contract.digest,
+        "run": "r",
+        "round": round_,
+        "head": messages.digest(payload),
+        "rate": 0.1,
+    }
+    return Envelope(Request.model_validate(values | changes).encode(), payload)
+
+
+def answered(answer: Envelope) -> Release | Refused:
+    return messages.decode_answer(answer.header)
+
+
+def test_a_release_holds_the_head_s_arrays_and_names_what_it_answers(tmp_path: Path) -> None:
+    contract, own = study(), vault(tmp_path)
+    own.approve(contract)
+    asked = request(contract)
+    answer = own.handle(asked)
+    release = answered(answer)
+    assert isinstance(release, Release)
+    assert release.request == messages.digest(asked.header)
+    assert release.payload == messages.digest(answer.payload)
+    update = messages.unpack(answer.payload, heads.shapes(contract.head, DIM, 3))
+    assert any(array.any() for array in update.values())
+
+
+def test_a_round_asked_for_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    contract, own = study(), vault(tmp_path)
+    own.approve(contract)
+    first = own.handle(request(contract))
+    again = own.handle(request(contract, run="another", attempt=2))
+    assert again.payload == first.payload
+    assert len(own.ledger.events("a")) == 1
+
+
+def test_two_vaults_never_give_the_same_noise(tmp_path: Path) -> None:
+    contract = study()
+    payloads = set()
+    for name in ("one", "two"):
+        own = vault(tmp_path / name)
+        own.approve(contract)
+        payloads.add(own.handle(request(contract)).payload)
+    assert len(payloads) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"study": "sha256:" + "f" * 64}, Refusal.STUDY_NOT_APPROVED),
+        ({"site": "b"}, Refusal.REQUEST_INVALID),
+        ({"round_": 4}, Refusal.REQUEST_INVALID),
+        ({"head": "sha256:" + "f" * 64}, Refusal.HEAD_INVALID),
+        ({"fill": float("nan")}, Refusal.HEAD_INVALID),
+    ],
+)
+def test_what_does_not_fit_the_study_is_refused_and_costs_nothing(
+    tmp_path: Path, changes: dict[str, Any], code: Refusal
+) -> None:
+    contract, own = study(), vault(tmp_path)
+    own.approve(contract)
+    refused = answered(own.handle(request(contract, **changes)))
+    assert isinstance(refused, Refused)
+    assert refused.code == code
+    assert own.ledger.events("a") == []
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff", b'{"kind":"update"}', b'{"kind":"hello"'])
+def test_any_bytes_are_refused_with_a_code(tmp_path: Path, data: bytes) -> None:
+    refused = answered(vault(tmp_path).handle(Envelope(data, data)))
+    assert isinstance(refused, Refused)
+    assert refused.code == Refusal.REQUEST_INVALID
+
+
+def test_an_error_inside_leaves_as_a_code_and_its_text_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "patient 4711"
+
+    def broken(_: Study) -> Features:
+        raise RuntimeError(secret)
+
+    contract = study()
+    own = Vault(site(tmp_path), Ledger(tmp_path / "ledger.db"), broken)
+    own.approve(contract)
+    with caplog.at_level(logging.ERROR):
+        answer = own.handle(request(contract))
+    assert secret in caplog.text
+    assert secret.encode() not in answer.header + answer.payload
+    refused = answered(answer)
+    assert isinstance(refused, Refused)
+    assert refused.code == Refusal.UNAVAILABLE
+
+
+def test_a_round_that_was_released_for_another_head_is_a_conflict(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    contract, own = study(), vault(tmp_path)
+    own.approve(contract)
+    own.handle(request(contract, 3))
+    with caplog.at_level(logging.WARNING):
+        refused = answered(own.handle(request(contract, 3, fill=0.5)))
+    assert isinstance(refused, Refused)
+    assert refused.code == Refusal.ROUND_CONFLICT
+    assert "another head" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sections", "options"),
+    [
+        ({"privacy": {}, "training": {"algorithm": "none", "rounds": 1, "learning_rate": 1}}, {}),
+        ({}, {"seed": 1}),
+        ({}, {"limits": {"max_epsilon": 1.0}}),
+        ({}, {"limits": {"max_epsilon": 50.0, "delta": 1e-6}}),
+        ({}, {"limits": {"max_epsilon": 50.0, "min_units": 21}}),
+        ({}, {"limits": {"max_epsilon": 50.0, "studies": ["sha256:" + "1" * 64]}}),
+        ({}, {"limits": {"max_epsilon": 50.0, "backbones": ["sha256:" + "1" * 64]}}),
+    ],
+)
+def test_a_study_that_the_site_s_file_does_not_allow_is_refused(
+    tmp_path: Path, sections: dict[str, Any], options: dict[str, Any]
+) -> None:
+    own = vault(tmp_path, **options)
+    with pytest.raises(RefusedError):
+        own.approve(study(**sections))
+    assert own.ledger.sites() == []
+
+
+def test_without_noise_or_with_a_seed_only_public_data_take_part(tmp_path: Path) -> None:
+    plain = study(privacy={}, training={"algorithm": "none", "rounds": 1, "learning_rate": 1.0})
+    own = vault(tmp_path, data_is_public=True, seed=7)
+    own.approve(study())
+    own.approve(plain)
+    assert isinstance(answered(own.handle(request(plain))), Release)
+    assert own.ledger.epsilon("a", 1e-5) == float("inf")
+
+
+def test_the_declared_size_and_not_the_measured_one_divides_the_sum(tmp_path: Path) -> None:
+    plain = study(privacy={}, training={"algorithm": "none", "rounds": 1, "learning_rate": 1.0})
+    updates = []
+    for declared in (20, 40):
+        own = vault(tmp_path / str(declared), data_is_public=True, units=declared)
+        own.approve(plain)
+        payload = own.handle(request(plain)).payload
+        updates.append(messages.unpack(payload, heads.shapes(plain.head, DIM, 3)))
+    for name, array in updates[0].items():
+        np.testing.assert_allclose(array, 2 * updates[1][name])
+
+
+def test_a_site_of_149_and_one_of_150_declare_and_show_the_same(tmp_path: Path) -> None:
+    contract = study(
+        training={
+            "algorithm": "dp-sgd",
+            "rounds": 3,
+            "learning_rate": 1.0,
+            "sample_rate": 0.2,
+            "local_epochs": 1,
+        }
+    )
+    shown = []
+    for measured in (149, 150):
+        own = vault(tmp_path / str(measured), features(measured), units=150)
+        own.approve(contract)
+        assert isinstance(answered(own.handle(request(contract))), Release)
+        shown.append(own.ledger.epsilon("a", 1e-5))
+    assert shown[0] == shown[1]
+
+
+def test_a_unit_that_is_not_finite_leaves_no_trace(tmp_path: Path) -> None:
+    clean = features()
+    spoilt = features()
+    spoilt.values[3] = float("nan")
+    clean.values[3] = 0
+    contract = study(privacy={"noise_multiplier": 1e-3, "clip_norm": 1e3})
+    updates = []
+    for name, held in (("clean", clean), ("spoilt", spoilt)):
+        own = vault(tmp_path / name, held, data_is_public=True, seed=1, limits={"max_epsilon": 1e9})
+        own.approve(contract)
+        answer = own.handle(request(contract))
+        assert isinstance(answered(answer), Release)
+        updates.append(messages.unpack(answer.payload, heads.shapes(contract.head, DIM, 3)))
+    # A unit of zero features moves the bias alone, and a unit that is not finite moves nothing.
+    np.testing.assert_allclose(
+        updates[0]["linear0.weight"], updates[1]["linear0.weight"], atol=1e-6
+    )
+    assert not np.allclose(updates[0]["linear0.bias"], updates[1]["linear0.bias"], atol=1e-6)
+
+
+def test_a_site_names_itself(tmp_path: Path) -> None:
+    hello = Envelope(Hello(study="sha256:" + "0" * 64, run="r").encode())
+    assert Here.decode(vault(tmp_path).handle(hello).header).site == "a"
+
+
+def test_limits_are_a_person_s_to_set(tmp_path: Path) -> None:
+    assert Limits(max_epsilon=1.0).delta == 1e-5
+    with pytest.raises(Exception, match="max_epsilom: unknown key; did you mean 'max_epsilon'"):
+        site(tmp_path, limits={"max_epsilom": 1.0})
