@@ -1,0 +1,60 @@
+"""What a run leaves for people and programs: `report.json` and `rounds.csv`."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from veilgraft.plan import plan
+from veilgraft.study import Study
+from veilgraft_server.checkpoint import Round, write_atomically
+
+
+def report(
+    study: Study,
+    history: Sequence[Round],
+    *,
+    seeded: bool,
+    sites: Sequence[dict[str, Any]],
+    comparisons: dict[str, float | None] | None,
+    timing: dict[str, float],
+) -> dict[str, Any]:
+    """Return the report; a figure that has no bound or was not measured is None.
+
+    `private` is true only where nothing was seeded and every release was noised.
+    """
+    planned = plan(study)
+    last = history[-1]
+    return {
+        "study": {"name": study.name, "digest": study.digest},
+        "private": study.private and not seeded,
+        "seeded": seeded,
+        "algorithm": study.training.algorithm,
+        "noise_multiplier": planned.sigma if study.private else None,
+        "rounds": [asdict(round_) for round_ in history],
+        "final": {
+            "accuracy": last.accuracy,
+            "loss": last.loss,
+            "epsilon": planned.epsilon(last.round),
+            "epsilon_replace_one": planned.epsilon(last.round, replace_one=True),
+            "delta": study.privacy.delta if study.private else None,
+        },
+        "comparisons": comparisons,
+        "sites": list(sites),
+        "timing": timing,
+    }
+
+
+def write(folder: Path, content: dict[str, Any]) -> None:
+    """Write `report.json` and `rounds.csv`, each atomically."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(folder / "report.json", text.encode())
+    table = io.StringIO()
+    columns = ["round", "accuracy", "loss", "epsilon", "sites", "dropped", "seconds"]
+    writer = csv.DictWriter(table, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(content["rounds"])
+    write_atomically(folder / "rounds.csv", table.getvalue().encode())

@@ -1,0 +1,200 @@
+"""The coordinator's app against sites that answer well, badly, wrongly or not at all."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+from veilgraft import messages
+from veilgraft.errors import QuorumError, Refusal
+from veilgraft.messages import Envelope, Here, Refused, Release, Request
+from veilgraft.model.score import Score
+from veilgraft.study import Study
+from veilgraft_deploy.inprocess import InProcessGrid
+from veilgraft_server import checkpoint
+from veilgraft_server.app import Job, server_app
+from veilgraft_server.checkpoint import Round
+
+Answer = Callable[[Request, Envelope], Envelope]
+DIM = 2
+
+
+def study(quorum: int = 1, **training: Any) -> Study:
+    return Study.parse(
+        {
+            "name": "s",
+            "purpose": "p",
+            "task": {"labels": ["a", "b"]},
+            "backbone": {"digest": "sha256:" + "0" * 64, "modality": "text", "pooling": "cls"},
+            "privacy": {"noise_multiplier": 1.0},
+            "training": {"algorithm": "dp-gd", "rounds": 2, "learning_rate": 1.0, **training},
+            "aggregation": {"quorum": quorum, "timeout": 0.3, "max_update_norm": 10.0},
+        },
+        name="s",
+    )
+
+
+def update(value: float) -> bytes:
+    return messages.pack(
+        {"linear0.weight": np.full((2, DIM), value), "linear0.bias": np.full(2, value)}
+    )
+
+
+def released(answered: Request, asked: Envelope, payload: bytes, /, **changes: Any) -> Envelope:
+    values = {
+        "site": answered.site,
+        "request": messages.digest(asked.header),
+        "payload": messages.digest(payload),
+    }
+    return Envelope(Release.model_validate(values | changes).encode(), payload)
+
+
+def good(value: float) -> Answer:
+    return lambda request, asked: released(request, asked, update(value))
+
+
+def sites(*answers: Answer) -> ClientApp:
+    """Return a client app in which node i is the site `site-i` and gives the i-th answer."""
+    app = ClientApp()
+
+    @app.query()  # type: ignore[untyped-decorator]
+    def hello(message: Message, context: Any) -> Message:
+        name = f"site-{context.node_config['partition-id']}"
+        return Message(messages.to_record(Envelope(Here(site=name).encode())), reply_to=message)
+
+    @app.train()  # type: ignore[untyped-decorator]
+    def train(message: Message, context: Any) -> Message:
+        asked = messages.from_record(message.content)
+        answer = answers[context.node_config["partition-id"]]
+        reply = answer(Request.decode(asked.header), asked)
+        return Message(messages.to_record(reply), reply_to=message)
+
+    return app
+
+
+def run(
+    tmp_path: Path, contract: Study, *answers: Answer, accuracy: float | None = None
+) -> list[Round]:
+    told: list[Round] = []
+    job = Job(
+        study=contract,
+        run="r",
+        dim=DIM,
+        checkpoint=tmp_path / "checkpoint.safetensors",
+        generator=np.random.default_rng(0),
+        evaluate=lambda _: None if accuracy is None else Score(accuracy, 1.0, 10),
+        tell=told.append,
+    )
+    grid = InProcessGrid(sites(*answers), len(answers), contextlib.nullcontext)
+    server_app(job)(grid, grid.context)
+    return told
+
+
+def weight(tmp_path: Path, contract: Study) -> float:
+    state, _ = checkpoint.load(tmp_path / "checkpoint.safetensors", contract.digest)
+    return float(state.head["linear0.weight"][0, 0])
+
+
+def test_releases_are_averaged_round_by_round(tmp_path: Path) -> None:
+    told = run(tmp_path, study(), good(1.0), good(3.0), accuracy=0.5)
+    assert [(r.round, r.sites, r.dropped, r.accuracy) for r in told] == [
+        (1, 2, 0, 0.5),
+        (2, 2, 0, 0.5),
+    ]
+    assert weight(tmp_path, study()) == -4.0
+    assert told[0].epsilon is not None
+    assert told[1].epsilon is not None
+    assert told[1].epsilon > told[0].epsilon
+
+
+BAD: dict[str, tuple[Answer, str]] = {
+    "not a number": (good(float("nan")), "expected finite numbers"),
+    "too large": (good(1e3), "L2 norm of at most 10"),
+    "another shape": (
+        lambda r, a: released(
+            r, a, messages.pack({"linear0.weight": np.ones((2, 1)), "linear0.bias": np.ones(2)})
+        ),
+        "expected float64 [2, 2], got float64 [2, 1]",
+    ),
+    "another site's name": (lambda r, a: released(r, a, update(1), site="site-0"), "the site"),
+    "another payload": (
+        lambda r, a: released(r, a, update(1), payload="sha256:" + "0" * 64),
+        "does not fit the payload",
+    ),
+    "an answer to another request": (
+        lambda r, a: released(r, a, update(1), request="sha256:" + "0" * 64),
+        "answers another request",
+    ),
+    "a refusal": (
+        lambda r, a: Envelope(
+            Refused(
+                site=r.site, request=messages.digest(a.header), code=Refusal.UNAVAILABLE
+            ).encode()
+        ),
+        "refused: unavailable",
+    ),
+    "no message of ours": (lambda r, a: Envelope(b"{}", b""), "Field required"),
+    "no arrays": (lambda r, a: released(r, a, b"nonsense"), "expected safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_answer_is_dropped_and_reported_and_changes_nothing(
+    tmp_path: Path, name: str
+) -> None:
+    answer, reason = BAD[name]
+    told = run(tmp_path, study(), good(1.0), answer)
+    assert [(r.sites, r.dropped) for r in told] == [(1, 1), (1, 1)]
+    assert told[0].drops[0].site == "site-1"
+    assert reason in told[0].drops[0].reason
+    assert weight(tmp_path, study()) == -2.0
+
+
+def test_below_quorum_the_run_stops_and_keeps_the_rounds_before(tmp_path: Path) -> None:
+    contract = study(quorum=2)
+
+    def fails_later(request: Request, asked: Envelope) -> Envelope:
+        return released(request, asked, update(1.0 if request.round == 1 else float("inf")))
+
+    with pytest.raises(QuorumError, match=r"round 2: 1 valid releases, aggregation.quorum is 2"):
+        run(tmp_path, contract, good(1.0), fails_later)
+    state, history = checkpoint.load(tmp_path / "checkpoint.safetensors", contract.digest)
+    assert state.round == len(history) == 1
+
+
+def test_too_few_nodes_are_waited_for_and_no_longer_than_the_timeout(tmp_path: Path) -> None:
+    with pytest.raises(QuorumError, match=r"1 nodes after 0.3 s; aggregation\.quorum is 3"):
+        run(tmp_path, study(quorum=3), good(1.0))
+
+
+def test_a_run_that_is_called_again_goes_on_where_it_was(tmp_path: Path) -> None:
+    contract, asked = study(quorum=1), []
+
+    def once(request: Request, envelope: Envelope) -> Envelope:
+        asked.append(request.round)
+        if len(asked) == 2:
+            return Envelope(b"", b"")
+        return released(request, envelope, update(1.0))
+
+    with pytest.raises(QuorumError):
+        run(tmp_path, contract, once)
+    run(tmp_path, contract, once)
+    assert asked == [1, 2, 2]
+    assert weight(tmp_path, contract) == -2.0
+
+
+def test_plateau_is_driven_by_the_public_accuracy(tmp_path: Path) -> None:
+    rates: list[float] = []
+
+    def seen(request: Request, asked: Envelope) -> Envelope:
+        rates.append(request.rate)
+        return released(request, asked, update(0.0))
+
+    contract = study(rounds=6, schedule="plateau", patience=2)
+    run(tmp_path, contract, seen, accuracy=0.5)
+    assert rates == [1.0, 1.0, 1.0, 0.5, 0.5, 0.25]
