@@ -144,7 +144,10 @@ def test_defaults_written_out_do_not_change_the_digest() -> None:
 
 def test_the_canonical_form_stays_as_it_is() -> None:
     """A change of this digest breaks every study that was ever approved."""
-    assert Study.parse(VALUES, name="s").digest == "sha256:ee54f7ae6e2c7ccbc0bd83afecd37ff769b129f0df5063e323defe53f7567ac4"
+    assert (
+        Study.parse(VALUES, name="s").digest
+        == "sha256:ee54f7ae6e2c7ccbc0bd83afecd37ff769b129f0df5063e323defe53f7567ac4"
+    )
 
 
 def test_the_learning_rate_follows_its_schedule() -> None:

@@ -1,0 +1,324 @@
+"""The `veilgraft` command: a thin layer over the library.
+
+Errors go to stderr in a sentence. Exit codes: 1 ours, 2 the user's input, 3 refused by policy or
+budget, 4 quorum or timeout. No traceback without `--debug`.
+"""
+
+import gc
+import importlib.resources
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+import veilgraft
+from veilgraft.errors import InputError, VeilgraftError
+
+if TYPE_CHECKING:
+    from veilgraft.study import Study
+
+STARTED = time.perf_counter()
+
+app = typer.Typer(
+    name="veilgraft",
+    help="Private federated transfer learning.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+study_app = typer.Typer(help="Write, check and describe study files.", no_args_is_help=True)
+backbone_app = typer.Typer(help="Prepare and verify backbones.", no_args_is_help=True)
+ledger_app = typer.Typer(help="Look into a site's privacy ledger.", no_args_is_help=True)
+app.add_typer(study_app, name="study")
+app.add_typer(backbone_app, name="backbone")
+app.add_typer(ledger_app, name="ledger")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="The run folder.")]
+StateFolder = Annotated[
+    Path | None, typer.Option("--state", help="Folder for features; OUT/state by default.")
+]
+EngineName = Annotated[Literal["inprocess", "ray"], typer.Option(help="What carries messages.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Make the run reproducible, and so not private.", min=0)
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that OUT holds.")]
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    debug = "--debug" in sys.argv
+    # Imports leave 300,000 objects that live to the end; looking through them again and again for
+    # garbage doubled the time of start and exit.
+    gc.disable()
+    try:
+        app()
+    except VeilgraftError as error:
+        if debug:
+            raise
+        for line in str(error).splitlines():
+            print(f"veilgraft: {line}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        name = type(error).__name__
+        print(  # noqa: T201
+            f"veilgraft: internal error: {name}: {error} (--debug shows where)", file=sys.stderr
+        )
+        sys.exit(1)
+    finally:
+        _collect_from_now_on()
+
+
+def _collect_from_now_on() -> None:
+    """Leave what is there alone, and collect what comes."""
+    gc.freeze()
+    gc.enable()
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Log more, and show tracebacks.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if debug:
+        for name in ("veilgraft", "veilgraft_client", "veilgraft_server", "veilgraft_deploy"):
+            logging.getLogger(name).setLevel(logging.DEBUG)
+    if version:
+        typer.echo(f"veilgraft {veilgraft.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: OutFolder = Path("runs/demo"),
+    state: StateFolder = None,
+    engine: EngineName = "inprocess",
+    seed: Seed = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the study that ships with the package: ten sites, handwritten digits, ε = 3."""
+    with importlib.resources.as_file(importlib.resources.files("veilgraft_deploy.demo")) as folder:
+        study = _study(folder / "study.yaml")
+        _simulate(
+            study,
+            as_json,
+            out=out,
+            state=state,
+            engine=engine,
+            seed=seed,
+            compare=True,
+            resume=resume,
+            overwrite=overwrite,
+        )
+
+
+@app.command()
+def simulate(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    out: OutFolder,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Records in place of simulation.data; several: one for each site."),
+    ] = None,
+    sites: Annotated[int | None, typer.Option(help="Number of sites.", min=1)] = None,
+    backbone: Annotated[Path | None, typer.Option(help="The backbone's folder.")] = None,
+    state: StateFolder = None,
+    engine: EngineName = "inprocess",
+    ray_address: Annotated[str | None, typer.Option(help="Of a running Ray cluster.")] = None,
+    seed: Seed = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also run the comparisons.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate a study on this machine, from records to model."""
+    changed = _with_options(_study(study), data=data, sites=sites, backbone=backbone)
+    _simulate(
+        changed,
+        as_json,
+        out=out,
+        state=state,
+        engine=engine,
+        seed=seed,
+        compare=compare,
+        resume=resume,
+        overwrite=overwrite,
+        ray_address=ray_address,
+    )
+
+
+@app.command()
+def predict(
+    inputs: Annotated[Path, typer.Argument(help="A table, a folder of images, or one image.")],
+    model: Annotated[Path, typer.Option("--model", help="The exported model's folder.")],
+    column: Annotated[
+        str | None, typer.Option(help="Column of a table; text or image by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print labels and probabilities, as CSV or JSON."""
+    from veilgraft_deploy.predict import predict as run
+
+    run(inputs, model, column, as_json=as_json)
+
+
+@study_app.command("init")
+def study_init(
+    data: Annotated[Path, typer.Argument(help="Records to look at; they are only read.")],
+    backbone: Annotated[Path, typer.Option(help="The backbone's folder.")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("study.yaml"),
+    name: Annotated[str, typer.Option(help="The study's name.")] = "my-study",
+) -> None:
+    """Write a commented study file from a look at a data path."""
+    from veilgraft_deploy.draft import draft
+
+    if out.exists():
+        raise InputError(f"{out}: exists already; name another file with --out")
+    text = draft(data, backbone, name, out.parent)
+    out.write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {out}; look it over, then: veilgraft study check {out}")
+
+
+@study_app.command("check")
+def study_check(study: Path, as_json: AsJson = False) -> None:
+    """Check a study file, and say what it would spend."""
+    from veilgraft.plan import plan
+
+    checked = _study(study)
+    planned = plan(checked)
+    facts = {
+        "name": checked.name,
+        "digest": checked.digest,
+        "private": checked.private,
+        "noise_multiplier": planned.sigma if checked.private else None,
+        "epsilon": planned.epsilon(),
+        "epsilon_replace_one": planned.epsilon(replace_one=True),
+        "delta": planned.delta if checked.private else None,
+        "rounds": planned.rounds,
+    }
+    _print_facts(facts, as_json)
+
+
+@study_app.command("schema")
+def study_schema() -> None:
+    """Print the JSON Schema of a study file."""
+    from veilgraft.study import Study
+
+    typer.echo(json.dumps(Study.model_json_schema(), indent=2, ensure_ascii=False))
+
+
+@backbone_app.command("prepare")
+def backbone_prepare(
+    folder: Annotated[Path, typer.Argument(help="A transformers model folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the prepared folder goes.")],
+    public: Annotated[
+        Path | None, typer.Option(help="Public records: measures feature statistics.")
+    ] = None,
+    pooling: Annotated[
+        Literal["cls", "mean", "pooler"], typer.Option(help="With --public: as in the study.")
+    ] = "mean",
+    column: Annotated[str | None, typer.Option(help="With --public: the input's column.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="With --public: side in pixels, as in the study.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="With --public: tokens, as in the study.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Copy what loading needs, hash every file, and measure statistics on public records."""
+    from veilgraft_deploy.prepare import prepare
+
+    facts = prepare(
+        folder, out, public, pooling=pooling, column=column, size=size, max_length=max_length
+    )
+    _print_facts(facts, as_json)
+
+
+@backbone_app.command("verify")
+def backbone_verify(
+    folder: Path,
+    digest: Annotated[str | None, typer.Option(help="The digest that is expected.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hash every file of a backbone and compare with its manifest and a digest."""
+    from veilgraft.model import backbone
+
+    files = backbone.verify(folder, digest)
+    _print_facts({"digest": backbone.digest(folder), "files": files}, as_json)
+
+
+@ledger_app.command("show")
+def ledger_show(ledger: Path, as_json: AsJson = False) -> None:
+    """Show what each site of a ledger has spent."""
+    from veilgraft_deploy.books import show
+
+    show(ledger, as_json=as_json)
+
+
+@ledger_app.command("verify")
+def ledger_verify(ledger: Path, as_json: AsJson = False) -> None:
+    """Check a ledger's chain and every stored release."""
+    from veilgraft_deploy.books import opened
+
+    with opened(ledger) as book:
+        _print_facts({"entries": book.verify(), "head": book.head()}, as_json)
+
+
+def _study(path: Path) -> "Study":
+    from veilgraft.study import Study
+
+    return Study.read(path)
+
+
+def _with_options(
+    study: "Study", *, data: list[Path] | None, sites: int | None, backbone: Path | None
+) -> "Study":
+    from veilgraft.study import DataSource
+
+    simulation, spec = study.simulation, study.backbone
+    if data:
+        first = simulation.data[0].model_dump() if simulation.data else {}
+        kept = {k: v for k, v in first.items() if k not in ("path", "source", "format")}
+        sources = [DataSource(path=path, **kept) for path in data]
+        simulation = simulation.model_copy(update={"data": tuple(sources)})
+    if sites is not None:
+        simulation = simulation.model_copy(update={"sites": sites})
+    if backbone is not None:
+        spec = spec.model_copy(update={"path": backbone})
+    return study.model_copy(update={"simulation": simulation, "backbone": spec})
+
+
+def _simulate(study: "Study", as_json: bool, **options: Any) -> None:
+    from veilgraft_deploy.progress import Live, table
+    from veilgraft_deploy.simulation import simulate as run
+
+    _collect_from_now_on()
+    imported = time.perf_counter() - STARTED
+    console = Console(stderr=as_json)
+    with Live(console) as live:
+        report = run(study, watcher=live, imported=imported, **options)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    console.print(table(report))
+    console.print(f"run folder: {options['out']}", highlight=False, soft_wrap=True)
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for key, value in facts.items():
+        shown = f"{value:.4f}" if isinstance(value, float) and value > 1e-3 else value
+        typer.echo(f"{key}: {'none' if shown is None else shown}")

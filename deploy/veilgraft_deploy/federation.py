@@ -1,0 +1,191 @@
+"""One simulated federation: real apps, real vaults and ledgers, on one of two engines.
+
+`inprocess` calls the client app directly, one process; `ray` is Flower's own engine, for many
+cores or a cluster. Both run the same messages through the same code.
+"""
+
+import functools
+import json
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from flwr.app import Context
+from flwr.serverapp import ServerApp
+
+from veilgraft.model import head as heads
+from veilgraft.model import tasks
+from veilgraft.model.head import Arrays
+from veilgraft.model.score import Score
+from veilgraft.study import Study
+from veilgraft_client.app import client_app
+from veilgraft_client.ledger import Ledger
+from veilgraft_client.vault import Vault
+from veilgraft_deploy.inprocess import InProcessGrid
+from veilgraft_deploy.population import Population
+from veilgraft_deploy.progress import Silent, Watcher, noted
+from veilgraft_server import checkpoint
+from veilgraft_server.app import Job, server_app
+from veilgraft_server.checkpoint import Round
+from veilgraft_server.rounds import State
+
+Engine = Literal["inprocess", "ray"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One federation to be simulated: which study, where it is kept, how it is run.
+
+    Attributes:
+        out: the run folder.
+        seed: makes noise reproducible, and the run not private.
+        ray_address: of a running Ray cluster; None starts Ray on this machine.
+    """
+
+    study: Study
+    out: Path
+    label: str = "private federation"
+    engine: Engine = "inprocess"
+    seed: int | None = None
+    ray_address: str | None = None
+    watcher: Watcher = field(default_factory=Silent)
+
+    @property
+    def ledger(self) -> Path:
+        """All simulated sites' ledgers, one file."""
+        return self.out / "ledger.db"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The coordinator's state."""
+        return self.out / "checkpoint.safetensors"
+
+
+def federate(run: Run, population: Population) -> tuple[State, tuple[Round, ...]]:
+    """Run all rounds that the run's checkpoint does not hold; return where they led.
+
+    Raises:
+        RefusedError: a site's limits say no.
+        QuorumError: too few sites gave a valid release.
+    """
+    rounds = run.study.training.rounds
+    job = Job(
+        study=run.study,
+        run=secrets.token_hex(8),
+        dim=population.dim,
+        checkpoint=run.checkpoint,
+        generator=np.random.default_rng(run.seed),
+        evaluate=_evaluator(run.study, population),
+        tell=lambda round_: run.watcher.step(run.label, round_.round, rounds, noted(round_)),
+    )
+    engine = _in_process if run.engine == "inprocess" else _ray
+    engine(run, server_app(job), population)
+    return checkpoint.load(run.checkpoint, run.study.digest)
+
+
+def _in_process(run: Run, server: ServerApp, population: Population) -> None:
+    ledger = Ledger(run.ledger)
+    vaults = [_vault(run, ledger, population, index) for index in range(len(population.sites))]
+    with ledger.transaction():
+        for vault in vaults:
+            vault.approve(run.study)
+    app = client_app(lambda context: vaults[int(context.node_config["partition-id"])])
+    # One synced transaction a round: answers leave the grid only after it has ended.
+    grid = InProcessGrid(app, len(vaults), ledger.transaction)
+    with _one_thread():
+        server(grid, grid.context)
+    ledger.close()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Train heads on one thread: they are so small that threads cost more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _ray(run: Run, server: ServerApp, population: Population) -> None:
+    from flwr.simulation import run_simulation
+
+    ledger = Ledger(run.ledger)
+    with ledger.transaction():
+        for index in range(len(population.sites)):
+            _vault(run, ledger, population, index).approve(run.study)
+    ledger.close()
+    shared = run.out / "state" / "population.safetensors"
+    population.save(shared)
+    facts = {"out": str(run.out), "seed": run.seed, "study": run.study.model_dump(mode="json")}
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    init = {"include_dashboard": False, "log_to_driver": False}
+    try:
+        run_simulation(
+            server_app=server,
+            client_app=client_app(functools.partial(_remote_vault, json.dumps(facts))),
+            num_supernodes=len(population.sites),
+            backend_config={
+                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+                "init_args": {**init, **_ray_place(run)},
+            },
+        )
+    finally:
+        shared.unlink(missing_ok=True)
+
+
+def _ray_place(run: Run) -> dict[str, str | int]:
+    if run.ray_address is not None:
+        return {"address": run.ray_address}
+    return {"num_cpus": os.cpu_count() or 1}
+
+
+def _remote_vault(facts: str, context: Context) -> Vault:
+    """Find a node's vault in a Ray worker, which may be on another machine with the same files."""
+    return _opened(facts, int(context.node_config["partition-id"]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _opened(facts: str, index: int) -> Vault:
+    run, ledger, population = _shared(facts)
+    vault = _vault(run, ledger, population, index)
+    vault.approve(run.study)
+    return vault
+
+
+@functools.lru_cache(maxsize=1)
+def _shared(facts: str) -> tuple[Run, Ledger, Population]:
+    values = json.loads(facts)
+    study = Study.parse(values["study"], name="study")
+    run = Run(study, Path(values["out"]), engine="ray", seed=values["seed"])
+    population = Population.load(run.out / "state" / "population.safetensors")
+    return run, Ledger(run.ledger), population
+
+
+def _vault(run: Run, ledger: Ledger, population: Population, index: int) -> Vault:
+    features = population.of(index)
+    return Vault(population.sites[index], ledger, lambda _: features, seed=run.seed)
+
+
+def _evaluator(study: Study, population: Population) -> Callable[[Arrays], Score | None]:
+    """Return what scores a head on the public records; None where there are none."""
+    test = population.test
+    if test is None:
+        return lambda _: None
+    module = heads.module(study.head, population.dim, len(study.task.labels)).eval()
+    values = test.values.double()
+
+    def evaluate(head: Arrays) -> Score:
+        heads.load(module, head)
+        with torch.inference_mode():
+            return tasks.score(study.task.type, module(values), test.targets, test.mask)
+
+    return evaluate

@@ -1,0 +1,159 @@
+"""Simulate a study on one machine, from records to model.
+
+A run folder holds `run.json` (what is run), `checkpoint.safetensors`, `ledger.db`, `state/`
+(features), and at the end `report.json`, `rounds.csv`, `model/` and, with comparisons,
+`comparisons/`. What holds a record or its features stays under `state/`.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from veilgraft.errors import InputError
+from veilgraft.model import export
+from veilgraft.plan import plan
+from veilgraft.study import Study
+from veilgraft_client.ledger import Ledger
+from veilgraft_deploy.comparisons import compare as run_comparisons
+from veilgraft_deploy.federation import Engine, Run, federate
+from veilgraft_deploy.population import Population
+from veilgraft_deploy.progress import Silent, Watcher
+from veilgraft_deploy.source import Source
+from veilgraft_server import report, rounds
+from veilgraft_server.checkpoint import write_atomically
+
+
+def simulate(
+    study: Study,
+    *,
+    out: Path | str,
+    state: Path | str | None = None,
+    engine: Engine = "inprocess",
+    seed: int | None = None,
+    compare: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    ray_address: str | None = None,
+    watcher: Watcher | None = None,
+    imported: float = 0.0,
+) -> dict[str, Any]:
+    """Run a study from records to model and return its report.
+
+    Args:
+        out: the run folder; must hold no run unless `resume` or `overwrite` is given.
+        state: folder for features, `out/state` by default; runs that share it reuse them.
+        seed: makes the run reproducible and not private.
+        compare: also run the comparisons, each tuned over `simulation.grid`.
+        imported: seconds that the caller spent on imports, for the report.
+
+    Raises:
+        InputError: the study, its data or its folder can't be used; nothing was spent.
+        RefusedError: a simulated site's limits say no.
+        QuorumError: too few sites gave a valid release.
+    """
+    began = time.perf_counter()
+    watcher = watcher or Silent()
+    run = Run(study, Path(out), engine=engine, seed=seed, ray_address=ray_address, watcher=watcher)
+    _check_folder(run, resume=resume, overwrite=overwrite)
+    source = Source.read(study, Path(state or run.out / "state"), watcher)
+    population = source.population()
+    ready = time.perf_counter()
+    _claim(run, overwrite=overwrite)
+    reached, history = federate(run, population)
+    trained = time.perf_counter()
+    comparisons = run_comparisons(run, source, population) if compare else None
+    export.export(run.out / "model", study, source.backbone, rounds.model(reached), _statement(run))
+    timing = {
+        "import": imported,
+        "features": ready - began,
+        "rounds": trained - ready,
+        "total": imported + time.perf_counter() - began,
+    }
+    content = report.report(
+        study,
+        history,
+        seeded=seed is not None,
+        sites=_spent(run, population),
+        comparisons=comparisons,
+        timing=timing,
+    )
+    report.write(run.out, content)
+    return content
+
+
+def _described(run: Run) -> bytes:
+    """Return what must be the same when a run is resumed, as JSON."""
+    facts = {"seed": run.seed, "study": run.study.model_dump(mode="json")}
+    return (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
+    """Raise `InputError` unless the run folder may be used as asked; changes nothing."""
+    described = run.out / "run.json"
+    if run.out.exists() and not run.out.is_dir():
+        raise InputError(f"{run.out}: expected a folder, got a file")
+    if not described.exists() or (overwrite and not resume):
+        return
+    if not resume:
+        raise InputError(f"{run.out}: holds a run; give --resume, --overwrite or another --out")
+    if described.read_bytes() != _described(run):
+        raise InputError(
+            f"{described}: the study or the seed is not the one with which this run was started"
+        )
+
+
+def _claim(run: Run, *, overwrite: bool) -> None:
+    """Make the folder this run's own; what an earlier run left goes, its features stay."""
+    described = run.out / "run.json"
+    if overwrite and described.exists():
+        if not run.study.simulation.data_is_public:
+            raise InputError(
+                f"{run.out}: holds the ledger of data not declared public; it can't be overwritten"
+            )
+        for folder in ("model", "comparisons"):
+            shutil.rmtree(run.out / folder, ignore_errors=True)
+        for pattern in ("ledger.db*", "checkpoint.safetensors", "report.json", "rounds.csv"):
+            for path in run.out.glob(pattern):
+                path.unlink()
+        described.unlink()
+    run.out.mkdir(parents=True, exist_ok=True)
+    if not described.exists():
+        write_atomically(described, _described(run))
+
+
+def _spent(run: Run, population: Population) -> list[dict[str, Any]]:
+    """Return each site's declared size and the ε of all that its ledger holds."""
+    ledger = Ledger(run.ledger)
+    delta = run.study.privacy.delta
+    spent = [
+        {
+            "site": site.site,
+            "units": site.units,
+            "epsilon": ledger.epsilon(site.site, delta) if run.study.private else None,
+        }
+        for site in population.sites
+    ]
+    ledger.close()
+    return spent
+
+
+def _statement(run: Run) -> Sequence[str]:
+    """Return the privacy statement of what the run made, a sentence a line."""
+    study, planned = run.study, plan(run.study)
+    if not study.private:
+        return ["**Not private.** Trained without clipping and noise."]
+    if run.seed is not None:
+        return [f"**Not private.** The noise came from a seed, {run.seed}, and can be subtracted."]
+    unit = "record" if study.privacy.unit == "record" else f"value of `{study.privacy.unit}`"
+    return [
+        f"Each {unit} at each site is protected by (ε, δ)-differential privacy with "
+        f"ε = {planned.epsilon():.4g} at δ = {planned.delta:g} (add or remove one unit; "
+        f"{planned.epsilon(replace_one=True):.4g} for replacing one), over all "
+        f"{planned.rounds} rounds.",
+        f"Algorithm `{study.training.algorithm}`, noise multiplier {planned.sigma:.4g}, clip norm "
+        f"{study.privacy.clip_norm:g}; no trust in the coordinator is needed for this.",
+        "A unit that is present at several sites spends at each of them; budgets add.",
+    ]

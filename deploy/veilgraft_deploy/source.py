@@ -1,0 +1,123 @@
+"""A simulation's records, and the populations that are made of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from veilgraft.errors import InputError
+from veilgraft.model import features as contract
+from veilgraft.model import raw
+from veilgraft.model.backbone import FrozenBackbone
+from veilgraft.model.features import FeatureStore
+from veilgraft.study import DataSource, Study
+from veilgraft_client import dataset
+from veilgraft_client.dataset import Records
+from veilgraft_deploy.population import Population, Split, gather, split
+from veilgraft_deploy.progress import Watcher
+
+Values = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Source:
+    """All records of a simulation, read once, with their split over sites.
+
+    Attributes:
+        state: the folder where features are kept.
+        test: public records that the study names; None where it names none.
+    """
+
+    study: Study
+    state: Path
+    records: Records
+    parts: Split
+    test: Records | None
+    watcher: Watcher
+
+    @classmethod
+    def read(cls, study: Study, state: Path, watcher: Watcher) -> "Source":
+        """Read all files; raises `InputError` for the first that can't be used.
+
+        Where the study names no public records, some are held out, but only of data that are
+        declared public: an accuracy over private records would be a release.
+        """
+        simulation, public = study.simulation, study.evaluation.data
+        if not simulation.data:
+            raise InputError("simulation.data: missing; name the records there or with --data")
+        read = [_read(study, source, watcher) for source in simulation.data]
+        files = np.repeat(np.arange(len(read)), [len(records) for records in read])
+        records = Records(pa.concat_tables([part.table for part in read]))
+        hold_out = public is None and simulation.data_is_public
+        parts = split(simulation, records, files, hold_out=hold_out)
+        if hold_out:
+            watcher.say(f"{len(parts.held_out)} records held out; public by assumption")
+        elif public is None:
+            watcher.say(
+                "no accuracy: the data are not declared public, and no public records named"
+            )
+        test = _read(study, public, watcher) if public else None
+        return cls(study, state, records, parts, test, watcher)
+
+    def population(self) -> Population:
+        """Return the sites with the backbone's features, made once and found again later.
+
+        The backbone is verified even where nothing is left to compute: the export needs it, and
+        a run must not find that out after it has spent.
+        """
+        _ = self.backbone
+        return self._population(self._transferred)
+
+    def untransferred(self) -> Population:
+        """Return the sites with plain features of the input itself, in the backbone's place."""
+        modality = self.study.backbone.modality
+        return self._population(lambda records: raw.features(modality, inputs(records)))
+
+    def _population(self, make: Callable[[Records], Values]) -> Population:
+        made = make(self.records)
+        whole = gather(self.study, self.state, made, self.records.targets, self.parts)
+        if self.test is None:
+            return whole
+        return whole.tested_on(contract.units(make(self.test), torch.from_numpy(self.test.targets)))
+
+    @cached_property
+    def backbone(self) -> FrozenBackbone:
+        """The study's backbone, verified."""
+        spec = self.study.backbone
+        if spec.path is None:
+            raise InputError("backbone.path: missing; name the folder there or with --backbone")
+        return FrozenBackbone.open(spec.path, spec)
+
+    def _transferred(self, records: Records) -> Values:
+        store = FeatureStore(self.state / "features")
+        return store.get(
+            self.study.backbone,
+            lambda: self.backbone,
+            inputs(records),
+            records.fingerprint,
+            progress=lambda done, total: self.watcher.step("features", done, total),
+        )
+
+
+def inputs(records: Records) -> list[Any]:
+    """Return the records' texts, or their images as encoded bytes."""
+    values: list[Any] = records.table["input"].to_pylist()
+    return values
+
+
+def _read(study: Study, source: DataSource, watcher: Watcher) -> Records:
+    partition = study.simulation.partition
+    return dataset.read(
+        source,
+        study.task,
+        modality=study.backbone.modality,
+        unit=None if study.privacy.unit == "record" else study.privacy.unit,
+        partition=partition.column if source in study.simulation.data else None,
+        tell=watcher.say,
+    )
