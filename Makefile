@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := common client server deploy tests
 
-.PHONY: demo test check drill bench demo-check backbone clean
+.PHONY: demo test check drill bench bench-real demo-check backbone clean
 
 demo: $(STAMP)
 	$(BIN)/veilgraft demo --out runs/demo --overwrite
@@ -21,6 +21,9 @@ check: $(STAMP)
 
 drill: $(STAMP)
 	$(BIN)/pytest -m drill
+
+bench-real: $(STAMP)
+	$(BIN)/python tests/bench/real.py
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench.py

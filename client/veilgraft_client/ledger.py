@@ -11,8 +11,10 @@ the truth.
 outermost transaction has ended: a simulation holds all sites' steps of a round in one.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,23 +80,62 @@ class Entry:
 
 
 class Ledger:
-    """One open ledger file; see the module's docstring. Made where it does not exist."""
+    """One open ledger file; see the module's docstring.
 
-    def __init__(self, path: Path) -> None:
+    A ledger is made only where no file is, and appears whole; a file that is empty or no ledger
+    is refused, so that what was spent can't be forgotten by losing half of it.
+
+    Args:
+        exists: refuse to make a new one.
+
+    Raises:
+        LedgerError: no ledger can be opened or made there.
+    """
+
+    def __init__(self, path: Path, *, exists: bool = False) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
-            path.touch(mode=0o600)
-            self._db = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            with self.transaction():
-                if not self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-                    for statement in _SCHEMA.split(";\n"):
-                        self._db.execute(statement.removesuffix(";"))
-                    self._append("", "", "open", {"format": FORMAT})
+            if not path.exists():
+                if exists:
+                    raise LedgerError(f"{path}: the ledger is missing")
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._make()
+            path.chmod(0o600)
+            self._connect(path)
+            (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode != "wal" or self._schema() != self._expected_schema():
+                raise LedgerError(f"{path}: expected a ledger of format {FORMAT}")
         except (OSError, sqlite3.Error) as error:
             raise LedgerError(f"{path}: can't open the ledger: {error}") from error
+
+    def _make(self) -> None:
+        """Write a new ledger beside its place and move it there, unless another was quicker."""
+        staged = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        staged.unlink(missing_ok=True)
+        try:
+            staged.touch(mode=0o600)
+            self._connect(staged)
+            with self.transaction():
+                for statement in _statements():
+                    self._db.execute(statement)
+                self._append("", "", "open", {"format": FORMAT})
+            self._db.close()
+            with contextlib.suppress(FileExistsError):
+                os.link(staged, self.path)
+        finally:
+            staged.unlink(missing_ok=True)
+
+    def _connect(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None)
+        self._db.execute("PRAGMA synchronous = FULL")
+
+    def _schema(self) -> set[str]:
+        rows = self._db.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")
+        return {row[0] for row in rows}
+
+    @staticmethod
+    def _expected_schema() -> set[str]:
+        return {statement.strip() for statement in _statements()}
 
     def close(self) -> None:
         """End the connection; the file is complete without it."""
@@ -102,9 +143,17 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """One synced, all-or-nothing write; joined where one is already open."""
+        """One all-or-nothing write, synced when the outermost one ends."""
         if self._db.in_transaction:
-            yield
+            self._db.execute("SAVEPOINT inner")
+            try:
+                yield
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK TO inner")
+                    self._db.execute("RELEASE inner")
+                raise
+            self._db.execute("RELEASE inner")
             return
         try:
             self._db.execute("BEGIN IMMEDIATE")
@@ -133,9 +182,10 @@ class Ledger:
             if held is not None:
                 if {k: held[k] for k in body} != body:
                     raise RefusedError(Refusal.UNAVAILABLE, f"{study}: granted with another plan")
-                return
-            self._check_cap(site, plan, max_epsilon)
-            self._append(site, study, "grant", body)
+            else:
+                self._append(site, study, "grant", body)
+            # Also where nothing new is granted: a person may have lowered the cap.
+            self._check_cap(site, plan.delta, max_epsilon)
 
     def reserve(self, key: Key) -> int | bytes:
         """Pay for one release: the reservation, or the bytes if it was released before.
@@ -218,10 +268,11 @@ class Ledger:
             LedgerError: naming the first entry that does not fit.
         """
         previous, count = b"", 0
-        for entry in self.entries():
-            count += 1
-            expected = _chained(previous, entry)
-            if entry.seq != count or entry.hash != expected:
+        for row in self._db.execute("SELECT * FROM entries ORDER BY seq"):
+            entry, count = _entry(row), count + 1
+            # The stored text itself is chained: SQL and JSON readers may see it differently.
+            fits = entry.seq == count and entry.hash == _chained(previous, *row[:5])
+            if not fits or (entry.kind == "open") != (count == 1):
                 raise LedgerError(f"{self.path}: entry {entry.seq} does not fit the chain")
             if entry.kind == "commit":
                 stored = self._db.execute(
@@ -230,20 +281,23 @@ class Ledger:
                 if not stored or hashlib.sha256(stored[0]).hexdigest() != entry.body["payload"]:
                     raise LedgerError(f"{self.path}: entry {entry.seq}: stored bytes differ")
             previous = entry.hash
+        query = "SELECT count(*) FROM payloads WHERE seq NOT IN (SELECT seq FROM entries)"
+        if not count or self._db.execute(query).fetchone()[0]:
+            raise LedgerError(f"{self.path}: entries are missing")
         return count
 
-    def _check_cap(self, site: str, plan: Plan, max_epsilon: float) -> None:
-        granted: list[Event | None] = [plan.update] * plan.rounds
+    def _check_cap(self, site: str, delta: float, max_epsilon: float) -> None:
+        granted: list[Event | None] = []
         for entry in self.entries(site):
             if entry.kind == "grant":
                 granted += [_loaded(entry.body["event"])] * entry.body["rounds"]
-        total = _price(granted, plan.delta, Adjacency.ADD_REMOVE)
+        total = _price(granted, delta, Adjacency.ADD_REMOVE)
         # σ is solved to the study's ε from below; the cap may equal it.
         if total > max_epsilon:
             raise RefusedError(
                 Refusal.UNAVAILABLE,
                 f"{site}: over budget: all granted studies would come to ε = {total:.4g} at "
-                f"δ = {plan.delta:g}; limits.max_epsilon is {max_epsilon:g}",
+                f"δ = {delta:g}; limits.max_epsilon is {max_epsilon:g}",
             )
 
     def _pay(self, key: Key, attempt: int) -> int:
@@ -302,13 +356,12 @@ class Ledger:
     def _append(self, site: str, study: str, kind: str, body: dict[str, Any]) -> int:
         last = self._db.execute("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1")
         seq, previous = last.fetchone() or (0, b"")
-        body = {**body, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-        entry = Entry(seq + 1, site, study, kind, body, b"")
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        row = (seq + 1, site, study, kind, _canonical({**body, "time": time}))
         self._db.execute(
-            "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)",
-            (entry.seq, site, study, kind, _canonical(body), _chained(previous, entry)),
+            "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", (*row, _chained(previous, *row))
         )
-        return entry.seq
+        return int(row[0])
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
@@ -325,9 +378,13 @@ def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _chained(previous: bytes, entry: Entry) -> bytes:
-    content = _canonical([entry.seq, entry.site, entry.study, entry.kind, entry.body])
+def _chained(previous: bytes, seq: int, site: str, study: str, kind: str, body: str) -> bytes:
+    content = _canonical([seq, site, study, kind, body])
     return hashlib.sha256(previous + content.encode()).digest()
+
+
+def _statements() -> list[str]:
+    return [statement.removesuffix(";").strip() for statement in _SCHEMA.strip().split(";\n")]
 
 
 def _dumped(event: Event | None) -> dict[str, float] | None:

@@ -93,3 +93,9 @@ def check_request(site: Site, study: Study, request: Request) -> None:
             Refusal.REQUEST_INVALID,
             f"{site.site}: round {request.round} of {study.training.rounds} was asked for",
         )
+    if not 0 < request.rate <= study.training.learning_rate * (1 + 1e-9):
+        raise RefusedError(
+            Refusal.REQUEST_INVALID,
+            f"{site.site}: a learning rate of {request.rate:g} was asked for; "
+            f"training.learning_rate is {study.training.learning_rate:g}",
+        )

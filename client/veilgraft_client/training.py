@@ -136,8 +136,10 @@ class Trainer:
             shapes = heads.shapes(study.head, self.dim, len(study.task.labels))
             dimension = sum(math.prod(shape) for shape in shapes.values())
             mechanism.grid(study.privacy.clip_norm, sigma, dimension)
-        self._dropout = torch.Generator()
-        head = heads.module(study.head, self.dim, len(study.task.labels), self._dropout)
+            if len(features) > mechanism.MAX_UNITS:
+                raise ValueError(f"expected at most {mechanism.MAX_UNITS} units")
+        self._source: NoiseSource | None = None
+        head = heads.module(study.head, self.dim, len(study.task.labels), self._keep)
         self.head = _per_unit(head) if study.private else head
 
     @property
@@ -158,8 +160,7 @@ class Trainer:
         """
         heads.load(self.head, start)
         self.head.train()
-        if self.study.head.dropout:
-            self._dropout.set_state(source.generator().get_state())
+        self._source = source
         optimizer = self._optimizer(rate, source)
         training = self.study.training
         if training.sample_rate is None:
@@ -173,7 +174,12 @@ class Trainer:
                 optimizer.step()
             result = {name: _array(p) - start[name] for name, p in self._parameters()}
         optimizer.zero_grad(set_to_none=True)
+        self._source = None
         return result
+
+    def _keep(self, count: int, probability: float) -> Tensor:
+        assert self._source is not None
+        return self._source.bernoulli(count, probability)
 
     def _optimizer(self, rate: float, source: NoiseSource) -> "PrivateOptimizer | PlainOptimizer":
         training = self.study.training

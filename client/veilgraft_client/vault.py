@@ -7,6 +7,9 @@ reason goes to the site's own log.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
 
 from veilgraft import messages
 from veilgraft.errors import MessageError, Refusal, RefusedError
@@ -54,6 +57,9 @@ class Vault:
         """Grant the study's plan; raises `RefusedError`, with the numbers, where it may not."""
         planned = plan(study)
         policy.check_study(self.site, study, planned, seeded=self._seed is not None)
+        if self._seed is not None:
+            # Noise that can be drawn again protects nobody, and the ledger must say so.
+            planned = replace(planned, update=None)
         limit = self.site.limits.max_epsilon if planned.update else float("inf")
         self.ledger.grant(self.site.site, study.digest, planned, max_epsilon=limit)
         self._approved[study.digest] = study
@@ -120,8 +126,15 @@ class Vault:
         reserved = self.ledger.reserve(key)
         if isinstance(reserved, bytes):
             return reserved
-        with self._noise(study, request.round) as source:
-            update = trainer.update(head, request.rate, source)
+        try:
+            with self._noise(study, request.round) as source:
+                update = trainer.update(head, request.rate, source)
+        except BaseException:
+            # Opacus' hooks may be left in the middle of a step; a new trainer starts clean.
+            self._trainers.pop(study.digest, None)
+            raise
+        if not all(np.isfinite(array).all() for array in update.values()):
+            raise ValueError("a release must be finite")
         return self.ledger.commit(reserved, messages.pack(update))
 
     def _noise(self, study: Study, round_: int) -> NoiseSource:

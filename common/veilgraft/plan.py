@@ -34,6 +34,8 @@ class Plan:
 
     def epsilon(self, rounds: int | None = None, *, replace_one: bool = False) -> float | None:
         """Return ε after so many rounds (all by default), or None where there is no bound."""
+        if rounds == 0:
+            return 0.0
         return self.epsilons(replace_one=replace_one)[-1 if rounds is None else rounds - 1]
 
     def epsilons(self, *, replace_one: bool = False) -> tuple[float | None, ...]:

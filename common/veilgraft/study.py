@@ -145,24 +145,17 @@ class Privacy(Config):
     ε follows) is given, and neither where the algorithm is `none`.
 
     Attributes:
-        unit: `record`, or the column whose value names the protected person.
-        max_instances: rows of one unit that take part, at most.
+        unit: what is protected: a record. Rows of one person are not yet grouped, so a study
+            that needs that can't be written.
         epsilon: the study's ε at `delta`, add/remove one unit, over all rounds.
         clip_norm: L2 bound on one unit's gradient.
     """
 
-    unit: str = "record"
-    max_instances: PositiveInt = 1
+    unit: Literal["record"] = "record"
     epsilon: PositiveFloat | None = None
     noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e5)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1e-3)] = 1e-5
     clip_norm: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0
-
-    @model_validator(mode="after")
-    def _a_record_is_one_instance(self) -> Self:
-        if self.unit == "record" and self.max_instances != 1:
-            raise ValueError("expected max_instances 1 where the unit is a record")
-        return self
 
 
 class Training(Config):
@@ -221,7 +214,8 @@ class Aggregation(Config):
         weights: `equal`, or a public constant for each site; empty stands for `equal`.
         quorum: valid releases that a round needs.
         timeout: seconds that a round waits for them.
-        max_update_norm: a release with a larger L2 norm is dropped.
+        max_update_norm: a release with a larger L2 norm is dropped; by default, one larger than
+            an honest site's could be.
     """
 
     method: Literal["fedavg"] = "fedavg"
@@ -230,13 +224,27 @@ class Aggregation(Config):
     )
     quorum: PositiveInt = 1
     timeout: PositiveFloat = 600.0
-    max_update_norm: PositiveFloat = 100.0
+    max_update_norm: PositiveFloat | None = None
 
 
 class Evaluation(Config):
-    """What the coordinator measures: accuracy and loss on public records."""
+    """What the coordinator measures: accuracy and loss on public records.
+
+    Attributes:
+        data: the records.
+        data_is_public: the user's word for it; without noise, the figures tell of each record.
+    """
 
     data: DataSource | None = None
+    data_is_public: bool = False
+
+    @model_validator(mode="after")
+    def _data_are_public(self) -> Self:
+        if self.data is not None and not self.data_is_public:
+            raise ValueError(
+                "expected data_is_public: true beside data; accuracy on them is shown un-noised"
+            )
+        return self
 
 
 class Partition(Config):
@@ -322,7 +330,7 @@ class Study(Config):
         local: dict[str, Any] = {
             "simulation": True,
             "backbone": {"path"},
-            "evaluation": {"data"},
+            "evaluation": True,
         }
         return {"format": FORMAT, **self.model_dump(mode="json", exclude=local)}
 

@@ -20,7 +20,7 @@ def opened(path: Path) -> Iterator[Ledger]:
     path = path / "ledger.db" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{path}: expected a ledger, found none")
-    ledger = Ledger(path)
+    ledger = Ledger(path, exists=True)
     try:
         yield ledger
     finally:

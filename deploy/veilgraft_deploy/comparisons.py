@@ -49,7 +49,8 @@ def _point(
     training = study.training
     point = f"rate-{training.learning_rate:g}-rounds-{training.rounds}"
     out = folder / point
-    here = replace(run, study=study, out=out, label=name.replace("_", " "), engine="inprocess")
+    label = name.replace("_", " ")
+    here = replace(run, study=study, out=out, label=label, engine="inprocess")
     _, history = federate(here, population.under(study))
     return {
         "learning_rate": training.learning_rate,

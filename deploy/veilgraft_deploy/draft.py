@@ -29,7 +29,7 @@ head:
   type: linear                 # or mlp, with hidden: [64]
 
 privacy:
-  unit: record                 # or the column that names a person, with max_instances
+  unit: record                 # what is protected
   epsilon: 3.0                 # of each unit, over all rounds together; 8 is weak, 1 is strong
   delta: 1e-5                  # well below one over the number of units
   clip_norm: 1.0               # bound on what one unit can change
@@ -47,7 +47,8 @@ aggregation:
   timeout: 600                 # seconds that a round waits
 
 # evaluation:
-#   data: {{path: public-test.csv}}   # public records with which the coordinator measures accuracy
+#   data: {{path: public-test.csv}}   # records on which accuracy may be shown as it is
+#   data_is_public: true
 
 simulation:                    # for veilgraft simulate; not part of the contract
   data:

@@ -26,7 +26,7 @@ from veilgraft.model.head import Arrays
 from veilgraft.model.score import Score
 from veilgraft.study import Study
 from veilgraft_client.app import client_app
-from veilgraft_client.ledger import Ledger
+from veilgraft_client.ledger import Ledger, LedgerError
 from veilgraft_client.vault import Vault
 from veilgraft_deploy.inprocess import InProcessGrid
 from veilgraft_deploy.population import Population
@@ -45,12 +45,14 @@ class Run:
 
     Attributes:
         out: the run folder.
+        state: where features are kept.
         seed: makes noise reproducible, and the run not private.
         ray_address: of a running Ray cluster; None starts Ray on this machine.
     """
 
     study: Study
     out: Path
+    state: Path
     label: str = "private federation"
     engine: Engine = "inprocess"
     seed: int | None = None
@@ -76,6 +78,7 @@ def federate(run: Run, population: Population) -> tuple[State, tuple[Round, ...]
         QuorumError: too few sites gave a valid release.
     """
     rounds = run.study.training.rounds
+    _check_ledger(run, population)
     job = Job(
         study=run.study,
         run=secrets.token_hex(8),
@@ -88,6 +91,23 @@ def federate(run: Run, population: Population) -> tuple[State, tuple[Round, ...]
     engine = _in_process if run.engine == "inprocess" else _ray
     engine(run, server_app(job), population)
     return checkpoint.load(run.checkpoint, run.study.digest)
+
+
+def _check_ledger(run: Run, population: Population) -> None:
+    """Raise `LedgerError` unless every round that the checkpoint holds was paid for."""
+    if not run.checkpoint.exists():
+        return
+    state, _ = checkpoint.load(run.checkpoint, run.study.digest)
+    if state.round == 0:
+        return
+    ledger = Ledger(run.ledger, exists=True)
+    ledger.verify()
+    paid = min(len(ledger.events(site.site, run.study.digest)) for site in population.sites)
+    ledger.close()
+    if paid < state.round:
+        raise LedgerError(
+            f"{run.ledger}: holds {paid} rounds, and the checkpoint {state.round}; entries are lost"
+        )
 
 
 def _in_process(run: Run, server: ServerApp, population: Population) -> None:
@@ -123,9 +143,12 @@ def _ray(run: Run, server: ServerApp, population: Population) -> None:
         for index in range(len(population.sites)):
             _vault(run, ledger, population, index).approve(run.study)
     ledger.close()
-    shared = run.out / "state" / "population.safetensors"
+    shared = run.state / "population.safetensors"
     population.save(shared)
-    facts = {"out": str(run.out), "seed": run.seed, "study": run.study.model_dump(mode="json")}
+    study = run.study.model_dump(mode="json")
+    # Workers start in another folder.
+    places = {"out": str(run.out.resolve()), "state": str(run.state.resolve())}
+    facts = {**places, "seed": run.seed, "study": study}
     logging.getLogger("flwr").setLevel(logging.ERROR)
     init = {"include_dashboard": False, "log_to_driver": False}
     try:
@@ -165,8 +188,8 @@ def _opened(facts: str, index: int) -> Vault:
 def _shared(facts: str) -> tuple[Run, Ledger, Population]:
     values = json.loads(facts)
     study = Study.parse(values["study"], name="study")
-    run = Run(study, Path(values["out"]), engine="ray", seed=values["seed"])
-    population = Population.load(run.out / "state" / "population.safetensors")
+    run = Run(study, Path(values["out"]), Path(values["state"]), engine="ray", seed=values["seed"])
+    population = Population.load(run.state / "population.safetensors")
     return run, Ledger(run.ledger), population
 
 

@@ -5,6 +5,7 @@ of it and a thousand sites cost no more memory than their records.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,17 @@ def gather(
     return Population(
         contract.units(values[order], torch.from_numpy(targets[order])),
         tuple(np.cumsum([0, *sizes]).tolist()),
-        tuple(_site(study, state, index, size) for index, size in enumerate(sizes)),
+        _sites(study, state, sizes),
         test,
     )
+
+
+def _sites(study: Study, state: Path, sizes: list[int]) -> tuple[Site, ...]:
+    sites = tuple(_site(study, state, index, size) for index, size in enumerate(sizes))
+    names = [site.site for site in sites]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"simulation.data: two files would make two sites named {twice[0]}")
+    return sites
 
 
 def limits(study: Study) -> Limits:
@@ -171,7 +180,8 @@ def _site(study: Study, state: Path, index: int, units: int) -> Site:
 
 
 def _name(source: DataSource, index: int) -> str:
-    return source.path.stem if source.path else f"site-{index + 1}"
+    name = source.path.stem if source.path else f"site-{index + 1}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")[:64] or f"site-{index + 1}"
 
 
 def _by_flower(simulation: Simulation, records: Records, rows: Rows) -> tuple[Rows, ...]:

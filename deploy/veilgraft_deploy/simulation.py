@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from veilgraft.errors import InputError
+from veilgraft.errors import InputError, Refusal, RefusedError
 from veilgraft.model import export
 from veilgraft.plan import plan
 from veilgraft.study import Study
@@ -56,16 +56,31 @@ def simulate(
     """
     began = time.perf_counter()
     watcher = watcher or Silent()
-    run = Run(study, Path(out), engine=engine, seed=seed, ray_address=ray_address, watcher=watcher)
-    _check_folder(run, resume=resume, overwrite=overwrite)
-    source = Source.read(study, Path(state or run.out / "state"), watcher)
+    run = Run(
+        study,
+        Path(out),
+        Path(state if state is not None else Path(out) / "state"),
+        engine=engine,
+        seed=seed,
+        ray_address=ray_address,
+        watcher=watcher,
+    )
+    _check_folder(run, resume=resume, overwrite=overwrite, compare=compare)
+    source = Source.read(study, run.state, watcher)
     population = source.population()
     ready = time.perf_counter()
-    _claim(run, overwrite=overwrite)
+    _claim(run, source, overwrite=overwrite)
     reached, history = federate(run, population)
     trained = time.perf_counter()
     comparisons = run_comparisons(run, source, population) if compare else None
-    export.export(run.out / "model", study, source.backbone, rounds.model(reached), _statement(run))
+    export.export(
+        run.out / "model",
+        study,
+        source.backbone,
+        rounds.model(reached),
+        _statement(run),
+        private=_private(run),
+    )
     timing = {
         "import": imported,
         "features": ready - began,
@@ -90,12 +105,30 @@ def _described(run: Run) -> bytes:
     return (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
-    """Raise `InputError` unless the run folder may be used as asked; changes nothing."""
+def _private(run: Run) -> bool:
+    return run.study.private and run.seed is None
+
+
+def _check_folder(run: Run, *, resume: bool, overwrite: bool, compare: bool) -> None:
+    """Raise unless the run may be started as asked; changes nothing."""
     described = run.out / "run.json"
+    if resume and overwrite:
+        raise InputError("expected --resume or --overwrite, got both")
+    if compare and not run.study.simulation.data_is_public:
+        raise RefusedError(
+            Refusal.STUDY_NOT_APPROVED,
+            "comparisons train without privacy, and simulation.data_is_public is not true",
+        )
     if run.out.exists() and not run.out.is_dir():
         raise InputError(f"{run.out}: expected a folder, got a file")
-    if not described.exists() or (overwrite and not resume):
+    if not described.exists():
+        return
+    if overwrite:
+        # The run that is there speaks for its data, not the study that would replace it.
+        if not json.loads(described.read_bytes())["study"]["simulation"]["data_is_public"]:
+            raise InputError(
+                f"{run.out}: holds the ledger of data not declared public; it can't be overwritten"
+            )
         return
     if not resume:
         raise InputError(f"{run.out}: holds a run; give --resume, --overwrite or another --out")
@@ -105,34 +138,37 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _claim(run: Run, *, overwrite: bool) -> None:
+def _claim(run: Run, source: Source, *, overwrite: bool) -> None:
     """Make the folder this run's own; what an earlier run left goes, its features stay."""
     described = run.out / "run.json"
+    records = run.out / "state" / "records.sha256"
     if overwrite and described.exists():
-        if not run.study.simulation.data_is_public:
-            raise InputError(
-                f"{run.out}: holds the ledger of data not declared public; it can't be overwritten"
-            )
         for folder in ("model", "comparisons"):
             shutil.rmtree(run.out / folder, ignore_errors=True)
         for pattern in ("ledger.db*", "checkpoint.safetensors", "report.json", "rounds.csv"):
             for path in run.out.glob(pattern):
                 path.unlink()
         described.unlink()
-    run.out.mkdir(parents=True, exist_ok=True)
-    if not described.exists():
-        write_atomically(described, _described(run))
+    if described.exists():
+        if records.read_text() != source.records.fingerprint:
+            raise InputError(f"{run.out}: the records are not those with which this run started")
+        return
+    records.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Tells whether two data sets are the same, and so stays among what is the site's own.
+    records.touch(mode=0o600)
+    records.write_text(source.records.fingerprint)
+    write_atomically(described, _described(run))
 
 
 def _spent(run: Run, population: Population) -> list[dict[str, Any]]:
     """Return each site's declared size and the ε of all that its ledger holds."""
-    ledger = Ledger(run.ledger)
+    ledger = Ledger(run.ledger, exists=True)
     delta = run.study.privacy.delta
     spent = [
         {
             "site": site.site,
             "units": site.units,
-            "epsilon": ledger.epsilon(site.site, delta) if run.study.private else None,
+            "epsilon": ledger.epsilon(site.site, delta) if _private(run) else None,
         }
         for site in population.sites
     ]

@@ -117,7 +117,6 @@ def _read(study: Study, source: DataSource, watcher: Watcher) -> Records:
         source,
         study.task,
         modality=study.backbone.modality,
-        unit=None if study.privacy.unit == "record" else study.privacy.unit,
         partition=partition.column if source in study.simulation.data else None,
         tell=watcher.say,
     )

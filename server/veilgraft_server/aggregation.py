@@ -4,6 +4,7 @@ Weights are constants of the study. A measured count never is one: a count is pr
 count that a site reports would let it take the average over.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from veilgraft import messages
 from veilgraft.errors import MessageError
 from veilgraft.model.head import Arrays
+from veilgraft.plan import plan
 from veilgraft.study import Study
 
 
@@ -28,9 +30,30 @@ def validated(
     if norm > max_norm:
         raise MessageError(
             f"payload: expected an L2 norm of at most {max_norm:g} "
-            f"(aggregation.max_update_norm), got {norm:.4g}"
+            f"(see aggregation.max_update_norm), got {norm:.4g}"
         )
     return arrays
+
+
+def largest_norm(study: Study, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Return the L2 norm above which a release is dropped.
+
+    Where the study names none: what no honest site exceeds, however few units it declares. A step
+    is at most C from the units and σC(√d + 6) from the noise, the latter but for one release in a
+    billion (Laurent and Massart 2000, Lemma 1); where nothing is clipped there is no such bound.
+    """
+    if study.aggregation.max_update_norm is not None:
+        return study.aggregation.max_update_norm
+    if not study.private:
+        return math.inf
+    dimension = sum(math.prod(shape) for shape in shapes.values())
+    step = study.privacy.clip_norm * (1 + plan(study).sigma * (math.sqrt(dimension) + 6.5))
+    training = study.training
+    if not training.sampled:
+        return step
+    assert training.sample_rate is not None
+    steps = training.local_steps * training.learning_rate / (1 - training.momentum)
+    return step * steps / training.sample_rate
 
 
 def fedavg(study: Study, updates: Mapping[str, Arrays]) -> dict[str, np.ndarray]:

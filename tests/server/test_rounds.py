@@ -1,5 +1,6 @@
 """A study's rounds, with numbers that one can check by hand."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from veilgraft import messages
 from veilgraft.errors import InputError, MessageError
 from veilgraft.study import Study
 from veilgraft_server import checkpoint, rounds
-from veilgraft_server.aggregation import fedavg, validated
+from veilgraft_server.aggregation import fedavg, largest_norm, validated
 from veilgraft_server.checkpoint import Drop, Round
 
 
@@ -100,6 +101,14 @@ def test_plateau_halves_the_rate_when_the_accuracy_does_not_rise() -> None:
         state = rounds.observe(contract, state, accuracy)
         rates.append(rounds.rate(contract, state))
     assert rates == [0.5, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_the_norm_bound_holds_what_an_honest_site_can_send_and_little_more() -> None:
+    shapes = {name: array.shape for name, array in filled(0).items()}
+    assert largest_norm(study("none"), shapes) == math.inf
+    assert largest_norm(study(), shapes) == pytest.approx(1 + 2 + 6.5)
+    # Two local steps at rate .5 and sample rate .5.
+    assert largest_norm(study("dp-sgd"), shapes) == pytest.approx(2 * 0.5 / 0.5 * (1 + 2 + 6.5))
 
 
 def test_an_update_beyond_the_norm_bound_is_refused() -> None:

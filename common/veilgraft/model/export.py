@@ -131,12 +131,15 @@ def export(
     frozen: FrozenBackbone,
     head: heads.Arrays,
     statement: Sequence[str],
+    *,
+    private: bool,
 ) -> None:
     """Write the model folder; it appears whole, in place of an earlier one.
 
     Args:
         frozen: the study's backbone, opened from its folder.
         statement: the privacy statement, a sentence a line, for the model card.
+        private: whether all that was released was noised, and from no seed.
     """
     assert study.backbone.path is not None
     staged = folder.with_name(f".{folder.name}")
@@ -149,7 +152,7 @@ def export(
     facts = _Facts(
         study=study.name,
         digest=study.digest,
-        private=study.private,
+        private=private,
         task=study.task,
         backbone=spec,
         head=study.head,

@@ -4,7 +4,7 @@
 torch; `Head` is the torch module that a site trains and the exported model runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -14,8 +14,9 @@ import numpy.typing as npt
 from veilgraft import study as contract
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from torch import Tensor, nn
+
+    Draw: TypeAlias = Callable[[int, float], Tensor]
 
 Arrays: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
 """A head, an update or a gradient: parameter name to array."""
@@ -57,12 +58,15 @@ def initial(
 
 
 def module(
-    spec: contract.Head, dim: int, outputs: int, generator: "torch.Generator | None" = None
+    spec: contract.Head, dim: int, outputs: int, keep: "Draw | None" = None
 ) -> "nn.Sequential":
     """Return the head as an uninitialised float64 module on `(..., dim)`, giving `(..., outputs)`.
 
     Args:
-        generator: draws the dropout masks; without one there is no dropout.
+        keep: draws so many independent booleans, each true with the given probability, for
+            dropout; without it there is no dropout. Where the head is trained privately they
+            must be as unpredictable as the noise: with a mask that an observer could enumerate,
+            one unit more or less would shift everybody's mask, and so move every gradient.
     """
     import torch
     from torch import nn
@@ -78,8 +82,8 @@ def module(
         head.add_module(f"linear{index}", linear)
         if index < len(layers) - 1:
             head.add_module(f"activation{index}", activations[spec.activation]())
-            if spec.dropout and generator is not None:
-                head.add_module(f"dropout{index}", _dropout(spec.dropout, generator))
+            if spec.dropout and keep is not None:
+                head.add_module(f"dropout{index}", _dropout(spec.dropout, keep))
     return head
 
 
@@ -92,17 +96,16 @@ def load(head: "nn.Module", arrays: Arrays) -> None:
             parameter.copy_(torch.from_numpy(np.asarray(arrays[name.removeprefix("_module.")])))
 
 
-def _dropout(rate: float, generator: "torch.Generator") -> "nn.Module":
-    import torch
-    from torch import nn
+def _dropout(rate: float, draw: "Draw") -> "nn.Module":
+    from torch import Tensor, nn
 
     class Dropout(nn.Module):
-        """Inverted dropout from an explicit generator; nn.Dropout has only the global one."""
+        """Inverted dropout from an explicit source; nn.Dropout has only the global generator."""
 
-        def forward(self, values: torch.Tensor) -> torch.Tensor:
+        def forward(self, values: Tensor) -> Tensor:
             if not self.training:
                 return values
-            keep = torch.rand(values.shape, generator=generator, dtype=values.dtype) >= rate
+            keep = draw(values.numel(), 1 - rate).view(values.shape)
             return values * keep.to(values.device) / (1 - rate)
 
     return Dropout()

@@ -21,7 +21,10 @@ WORDS = 1024
 def features(
     modality: Literal["image", "text"], inputs: Sequence[bytes] | Sequence[str]
 ) -> npt.NDArray[np.float32]:
-    """Return `(records, dim)`: grey pixels in [-1, 1], or hashed word counts of unit length."""
+    """Return `(records, dim)`: grey pixels in [-1, 1], or hashed word counts of length √dim.
+
+    Both have about the scale of standardised features, so that one learning rate suits all.
+    """
     if modality == "image":
         return _pixels([image for image in inputs if isinstance(image, bytes)])
     return _words([text for text in inputs if isinstance(text, str)])
@@ -38,4 +41,4 @@ def _words(texts: Sequence[str]) -> npt.NDArray[np.float32]:
     from sklearn.feature_extraction.text import HashingVectorizer
 
     hashed = HashingVectorizer(n_features=WORDS, alternate_sign=True).transform(texts)
-    return np.asarray(hashed.toarray(), dtype=np.float32)
+    return np.asarray(hashed.toarray() * WORDS**0.5, dtype=np.float32)

@@ -57,7 +57,7 @@ def exported(folder: Path, contract: Study) -> heads.Arrays:
     shapes = heads.shapes(contract.head, frozen.dim, len(contract.task.labels))
     generator = np.random.default_rng(1)
     head = {name: generator.normal(size=shape) for name, shape in shapes.items()}
-    exports.export(folder, contract, frozen, head, ["A statement."])
+    exports.export(folder, contract, frozen, head, ["A statement."], private=True)
     return head
 
 

@@ -1,0 +1,106 @@
+"""What the README says can be done is done here, as it is written."""
+
+import contextlib
+import io
+import re
+import shlex
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import veilgraft_deploy.demo
+from veilgraft.study import DataSource, Study, Task
+from veilgraft_client import dataset
+from veilgraft_deploy import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEMO = Path(veilgraft_deploy.demo.__file__).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("veilgraft ")]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lay out what the README takes as given: a folder of pictures and a model folder."""
+    labels = tuple(str(label) for label in range(10))
+    digits = dataset.read(DataSource(source="digits"), Task(labels=labels), modality="image")
+    for index in range(400):
+        row = digits.table.slice(index, 1).to_pylist()[0]
+        folder = tmp_path / "pictures" / labels[row["label"]]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}.png").write_bytes(row["input"])
+    (tmp_path / "model").symlink_to(DEMO / "backbone")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_and_the_python_of_the_readme_run(desk: Path) -> None:
+    assert len(commands()) >= 6
+    for command in commands():
+        _run(command)
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+    assert (desk / "runs" / "mine" / "report.json").exists()
+
+
+def _run(command: list[str]) -> None:
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", command),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.main()
+            code: object = 0
+        except SystemExit as exit_:
+            code = exit_.code
+    assert not code, f"{shlex.join(command)}: {err.getvalue()}"
+    assert out.getvalue()
+
+
+def test_the_readme_s_study_is_a_study(tmp_path: Path) -> None:
+    [text] = blocks("yaml")
+    digest = re.search(r"sha256:[0-9a-f]{64}", (DEMO / "study.yaml").read_text())
+    assert digest is not None
+    path = tmp_path / "study.yaml"
+    path.write_text(text.replace("sha256:…", digest[0]))
+    shown, shipped = Study.read(path), Study.read(DEMO / "study.yaml")
+    assert shown.digest == shipped.digest
+
+
+def test_every_make_target_that_the_readme_names_is_there() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", README, re.MULTILINE))
+    named = {target for pair in named for target in pair if target}
+    assert {"demo", "test"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_file_that_the_readme_links_is_there() -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_no_command_is_without_its_help() -> None:
+    out = io.StringIO()
+    for command in (["--help"], ["study", "--help"], ["backbone", "--help"], ["ledger", "--help"]):
+        with (
+            mock.patch.object(sys, "argv", ["veilgraft", *command]),
+            contextlib.redirect_stdout(out),
+            contextlib.suppress(SystemExit),
+        ):
+            cli.main()
+    for name in ("demo", "simulate", "predict", "init", "check", "schema", "prepare", "verify"):
+        assert name in out.getvalue()
