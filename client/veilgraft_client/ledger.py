@@ -102,7 +102,7 @@ class Ledger:
                 self._make()
             path.chmod(0o600)
             self._connect(path)
-            (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
+            (mode,) = self._db.execute("PRAGMA journal_mode").fetchone()
             if mode != "wal" or self._schema() != self._expected_schema():
                 raise LedgerError(f"{path}: expected a ledger of format {FORMAT}")
         except (OSError, sqlite3.Error) as error:
@@ -115,6 +115,7 @@ class Ledger:
         try:
             staged.touch(mode=0o600)
             self._connect(staged)
+            self._db.execute("PRAGMA journal_mode = WAL")
             with self.transaction():
                 for statement in _statements():
                     self._db.execute(statement)

@@ -4,7 +4,7 @@ What matters for privacy comes from here and from the approved study, never from
 refusal carries a fixed code for the coordinator and the reason in full for the site.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -51,7 +51,6 @@ class Site(Config):
     limits: Limits
     data_is_public: bool = False
     state: RelativePath
-    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 def check_study(site: Site, study: Study, plan: Plan, *, seeded: bool) -> None:

@@ -92,7 +92,8 @@ class Source:
         spec = self.study.backbone
         if spec.path is None:
             raise InputError("backbone.path: missing; name the folder there or with --backbone")
-        return FrozenBackbone.open(spec.path, spec)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return FrozenBackbone.open(spec.path, spec, device)
 
     def _transferred(self, records: Records) -> Values:
         store = FeatureStore(self.state / "features")

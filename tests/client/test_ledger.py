@@ -103,7 +103,39 @@ def test_the_cap_covers_all_studies_together_and_says_the_numbers(ledger: Ledger
     with pytest.raises(RefusedError, match=r"over budget.*max_epsilon is 5") as refusal:
         ledger.grant("a", OTHER, Plan(30, Event(2.0), 1e-5), max_epsilon=5)
     assert refusal.value.code == Refusal.UNAVAILABLE
+    # Alone the second plan fits the cap; with what was granted before it does not.
+    with pytest.raises(RefusedError, match="over budget"):
+        ledger.grant("a", OTHER, PLAN, max_epsilon=1.1 * one)
+    assert [entry.study for entry in ledger.entries("a")] == [STUDY]
     ledger.grant("a", OTHER, PLAN, max_epsilon=2 * one)
+
+
+def test_a_cap_that_was_lowered_holds_for_what_was_granted_before(ledger: Ledger) -> None:
+    with pytest.raises(RefusedError, match=r"max_epsilon is 0\.1"):
+        ledger.grant("a", STUDY, PLAN, max_epsilon=0.1)
+
+
+def test_another_head_can_not_take_over_a_reservation_without_a_commit(ledger: Ledger) -> None:
+    reserved(ledger, key())
+    with pytest.raises(RefusedError) as refusal:
+        ledger.reserve(key(head="h2"))
+    assert refusal.value.code == Refusal.ROUND_CONFLICT
+
+
+def test_every_commit_reaches_the_disk_before_it_returns(ledger: Ledger) -> None:
+    assert ledger._db.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert ledger._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_an_inner_failure_undoes_its_own_step_alone(ledger: Ledger) -> None:
+    with ledger.transaction():
+        reservation = reserved(ledger, key())
+        with pytest.raises(ZeroDivisionError), ledger.transaction():
+            ledger.commit(reservation, b"half")
+            raise ZeroDivisionError
+    assert len(ledger.events("a")) == 1
+    assert ledger.commit(reservation, b"whole") == b"whole"
+    ledger.verify()
 
 
 def test_a_release_without_noise_has_no_bound(ledger: Ledger) -> None:
@@ -151,6 +183,12 @@ def test_entries_can_be_neither_changed_nor_removed(ledger: Ledger) -> None:
         "UPDATE entries SET body = replace(body, '4.0', '9.0') WHERE kind = 'reserve'",
         "UPDATE payloads SET bytes = x'00'",
         "DELETE FROM entries WHERE kind = 'reserve'",
+        "DELETE FROM entries WHERE seq > 2",
+        "DELETE FROM payloads; DELETE FROM entries",
+        "UPDATE entries SET site = 'b' WHERE kind = 'reserve'",
+        "UPDATE entries SET study = 'other' WHERE kind = 'commit'",
+        # Readers disagree on which of two equal keys counts, so the text itself is chained.
+        "UPDATE entries SET body = replace(body, '{', '{\"round\":9,') WHERE kind = 'reserve'",
     ],
 )
 def test_verify_finds_a_forged_entry(ledger: Ledger, change: str) -> None:
@@ -166,11 +204,30 @@ def test_the_file_is_for_its_owner_alone(ledger: Ledger) -> None:
     assert ledger.path.stat().st_mode & 0o077 == 0
 
 
-def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"not a database, and long enough to be looked at" * 20])
+def test_what_is_no_ledger_is_refused_and_never_made_into_one(
+    tmp_path: Path, content: bytes
+) -> None:
     path = tmp_path / "ledger.db"
-    path.write_bytes(b"not a database at all, and long enough to be looked at" * 20)
-    with pytest.raises(LedgerError, match="can't open the ledger"):
+    path.write_bytes(content)
+    with pytest.raises(LedgerError):
         Ledger(path)
+    assert path.read_bytes()[:10] == content[:10]
+
+
+def test_a_ledger_without_its_rules_is_refused(ledger: Ledger) -> None:
+    ledger.close()
+    raw = sqlite3.connect(ledger.path)
+    raw.execute("DROP TRIGGER no_delete")
+    raw.close()
+    with pytest.raises(LedgerError, match="expected a ledger of format 1"):
+        Ledger(ledger.path)
+
+
+def test_a_missing_ledger_is_not_made_where_one_must_be(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="the ledger is missing"):
+        Ledger(tmp_path / "ledger.db", exists=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 RELEASE = """
