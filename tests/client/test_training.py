@@ -1,0 +1,409 @@
+"""A site's part of a round: what each step sums, clips, noises and divides by."""
+
+import pickle
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from veilgraft.model import head as heads
+from veilgraft.model.features import Features, units
+from veilgraft.privacy import mechanism
+from veilgraft.privacy.noise import NoiseSource
+from veilgraft.study import Study
+from veilgraft_client import training
+from veilgraft_client.training import Trainer
+
+DIM, LABELS, SIGMA, CLIP = 4, 3, 5.0, 0.25
+MLP = {"type": "mlp", "hidden": [5], "activation": "tanh"}
+
+Array = npt.NDArray[np.float64]
+
+
+class Step(NamedTuple):
+    """What one use of the mechanism was given."""
+
+    total: Array
+    clip: float
+    sigma: float
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """Every sum that reaches the noise, in order."""
+    seen: list[Step] = []
+    real = mechanism.noised
+
+    def watched(
+        total: torch.Tensor, clip_norm: float, noise_multiplier: float, source: NoiseSource
+    ) -> torch.Tensor:
+        seen.append(Step(total.clone().numpy(), clip_norm, noise_multiplier))
+        return real(total, clip_norm, noise_multiplier, source)
+
+    monkeypatch.setattr(mechanism, "noised", watched)
+    return seen
+
+
+def study(
+    algorithm: str = "dp-gd",
+    *,
+    task: str = "classification",
+    head: dict[str, Any] | None = None,
+    labels: int = LABELS,
+    **options: Any,
+) -> Study:
+    chosen = {"algorithm": algorithm, "rounds": 3, "learning_rate": 1.0, **options}
+    noise = {} if algorithm == "none" else {"noise_multiplier": SIGMA}
+    values: dict[str, Any] = {
+        "name": "s",
+        "purpose": "p",
+        "task": {"type": task, "labels": [f"l{i}" for i in range(labels)]},
+        "backbone": {"digest": "sha256:" + "0" * 64, "modality": "text", "pooling": "cls"},
+        "head": head or {},
+        "privacy": {"clip_norm": CLIP, **noise},
+        "training": chosen,
+    }
+    return Study.parse(values, name="study.yaml")
+
+
+def sampled(rate: float, epochs: int, algorithm: str = "dp-sgd", **options: Any) -> Study:
+    return study(algorithm, sample_rate=rate, local_epochs=epochs, **options)
+
+
+def features(count: int = 20, *, instances: int = 2, task: str = "classification") -> Features:
+    generator = np.random.default_rng(count)
+    # Norms on both sides of the bound: some units are clipped and some are not.
+    size = generator.uniform(0.05, 3, (count, 1, 1))
+    values = generator.normal(size=(count, instances, DIM)) * size
+    mask = generator.random((count, instances)) < 0.7
+    targets: Any = generator.integers(0, LABELS, (count, instances))
+    if task == "multilabel":
+        targets = generator.integers(0, 2, (count, instances, LABELS)).astype(np.float32)
+    tensors = (torch.from_numpy(a) for a in (values.astype(np.float32), mask, targets))
+    return Features(*tensors)
+
+
+def alike(count: int, dim: int = DIM) -> Features:
+    """Units of zero features and the first label, whose gradient is the bias's alone."""
+    values = np.zeros((count, dim), np.float32)
+    return units(values, torch.zeros(count, dtype=torch.int64))
+
+
+def joined(first: Features, second: Features) -> Features:
+    pairs = ((getattr(first, n), getattr(second, n)) for n in ("values", "mask", "targets"))
+    return Features(*(torch.cat(pair) for pair in pairs))
+
+
+def start(contract: Study, dim: int = DIM, seed: int = 3) -> dict[str, Array]:
+    generator = np.random.default_rng(seed)
+    shapes = heads.shapes(contract.head, dim, len(contract.task.labels))
+    return {name: generator.normal(size=shape) / 3 for name, shape in shapes.items()}
+
+
+def zeros(contract: Study, dim: int = DIM) -> dict[str, Array]:
+    return {name: np.zeros_like(array) for name, array in start(contract, dim).items()}
+
+
+def trainer(contract: Study, held: Features, declared: int = 50) -> Trainer:
+    return Trainer(contract, held, sigma=SIGMA if contract.private else 0.0, units=declared)
+
+
+def flat(arrays: heads.Arrays) -> Array:
+    return np.concatenate([array.ravel() for array in arrays.values()])
+
+
+def source(seed: int = 1) -> NoiseSource:
+    return NoiseSource.seeded(seed, "training")
+
+
+def linear_gradients(contract: Study, held: Features, head: dict[str, Array]) -> Array:
+    """Per-unit gradients of logistic or softmax regression in closed form, `(units, size)`."""
+    values = held.values.double().numpy()
+    outputs = values @ head["linear0.weight"].T + head["linear0.bias"]
+    if contract.task.type == "multilabel":
+        residuals = 1 / (1 + np.exp(-outputs)) - held.targets.numpy()
+    else:
+        odds = np.exp(outputs - outputs.max(-1, keepdims=True))
+        residuals = odds / odds.sum(-1, keepdims=True) - np.eye(LABELS)[held.targets.numpy()]
+    residuals *= held.mask.numpy()[..., None]
+    weights = np.einsum("uik,uif->ukf", residuals, values).reshape(len(held), -1)
+    return np.concatenate([weights, residuals.sum(1)], axis=1)
+
+
+def mlp_gradients(contract: Study, held: Features, head: dict[str, Array]) -> Array:
+    """Per-unit gradients of a tanh layer and a softmax by torch.func, `(units, size)`."""
+
+    def loss(
+        p: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        hidden = torch.tanh(x @ p["linear0.weight"].T + p["linear0.bias"])
+        outputs = hidden @ p["linear1.weight"].T + p["linear1.bias"]
+        losses = functional.cross_entropy(outputs, y, reduction="none")
+        return (losses * keep).sum()
+
+    of_units = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))
+    tensors = {name: torch.from_numpy(array) for name, array in head.items()}
+    grads = of_units(tensors, held.values.double(), held.targets, held.mask.double())
+    return np.concatenate([g.flatten(1).numpy() for g in grads.values()], axis=1)
+
+
+def reference(contract: Study, held: Features, rate: float, declared: int) -> Array:
+    """Algorithm 1 of Abadi et al. 2016 for one site's round, written out, from `start`."""
+    gradients = linear_gradients if contract.head.type == "linear" else mlp_gradients
+    head, own, told = start(contract), source(), contract.training
+    velocity, probability = np.zeros(len(flat(head))), told.sample_rate or 1.0
+    for _ in range(told.local_steps):
+        rows = gradients(contract, held, head)
+        if told.sample_rate is not None:
+            rows = rows[own.bernoulli(len(held), probability).numpy()]
+        if contract.private:
+            norms = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows = rows * np.minimum(1, CLIP * (1 - 1e-6) / norms.clip(1e-300))
+        total = rows.sum(0)
+        if contract.private:
+            total = total + SIGMA * CLIP * own.normal(len(total)).numpy()
+        gradient = total / (declared * probability)
+        if told.sample_rate is None:
+            return np.asarray(gradient)
+        velocity = told.momentum * velocity + gradient
+        moved = np.split(rate * velocity, np.cumsum([a.size for a in head.values()])[:-1])
+        head = {n: a - d.reshape(a.shape) for (n, a), d in zip(head.items(), moved, strict=True)}
+    return flat(head) - flat(start(contract))
+
+
+CASES = {
+    "dp-gd": study(),
+    "dp-gd, momentum is the coordinator's": study(momentum=0.9),
+    "dp-gd, several labels": study(task="multilabel"),
+    "dp-gd, mlp": study(head=MLP),
+    "dp-sgd": sampled(0.3, 2),
+    "dp-sgd, momentum": sampled(0.3, 2, momentum=0.9),
+    "dp-sgd, several labels": sampled(0.3, 2, task="multilabel"),
+    "dp-sgd, mlp": sampled(0.3, 2, head=MLP),
+    "none": study("none"),
+    "none, mlp": study("none", head=MLP),
+    "none, sampled": sampled(0.3, 2, "none", momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("contract", CASES.values(), ids=CASES)
+def test_an_update_is_the_papers_round_on_the_same_noise(contract: Study) -> None:
+    held = features(task=contract.task.type)
+    own = trainer(contract, held, declared=50)
+    expected = reference(contract, held, 0.2, 50)
+    for _ in range(2):
+        # The second round of a kept trainer starts afresh: no momentum, no left-over gradient.
+        update = own.update(start(contract), 0.2, source())
+        assert list(update) == list(start(contract))
+        np.testing.assert_allclose(flat(update), expected, rtol=0, atol=1e-6)
+
+
+def test_a_release_of_dp_gd_does_not_depend_on_momentum_or_rate() -> None:
+    updates = [
+        flat(trainer(study(momentum=m), features()).update(start(study()), rate, source()))
+        for m, rate in ((0.0, 1.0), (0.9, 1.0), (0.9, 0.01))
+    ]
+    np.testing.assert_array_equal(updates[0], updates[1])
+    np.testing.assert_array_equal(updates[0], updates[2])
+
+
+@pytest.mark.parametrize(
+    ("contract", "expected"),
+    [(study(), 1), (sampled(0.25, 2), 8), (sampled(1.0, 3), 3), (sampled(0.4, 1), 2)],
+)
+def test_a_round_uses_the_mechanism_once_a_step_at_the_studys_noise_and_bound(
+    steps: list[Step], contract: Study, expected: int
+) -> None:
+    trainer(contract, features()).update(start(contract), 0.1, source())
+    assert [(s.clip, s.sigma) for s in steps] == [(CLIP, SIGMA)] * expected
+
+
+def test_an_empty_sample_is_noised_and_counts_as_a_step(steps: list[Step]) -> None:
+    contract = sampled(0.01, 1)
+    update = trainer(contract, alike(2), declared=2).update(zeros(contract), 1e-6, source())
+    assert len(steps) == 100
+    assert sum(not s.total.any() for s in steps) > 90
+    # The weights' gradient is zero throughout, so they have moved by a hundred steps' noise.
+    moved = update["linear0.weight"].std() / (1e-6 * SIGMA * CLIP / (2 * 0.01) * 10)
+    assert 0.5 < moved < 1.6
+
+
+@pytest.mark.parametrize("contract", [study(), sampled(0.5, 2)], ids=["dp-gd", "dp-sgd"])
+def test_a_site_without_units_releases_noise_of_the_same_kind(
+    steps: list[Step], contract: Study
+) -> None:
+    update = trainer(contract, features(3).select(slice(0))).update(start(contract), 1.0, source())
+    assert len(steps) == contract.training.local_steps
+    assert flat(update).all()
+    assert not any(s.total.any() for s in steps)
+
+
+def test_one_more_unit_of_several_huge_instances_moves_the_sum_by_the_bound(
+    steps: list[Step],
+) -> None:
+    held = features(20, instances=3)
+    huge = Features(
+        torch.full((1, 3, DIM), 1e6), torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0, 1, 1]])
+    )
+    for own in (held, joined(held, huge)):
+        trainer(study(), own).update(zeros(study()), 1.0, source())
+    distance = np.linalg.norm(steps[0].total - steps[1].total)
+    assert CLIP * (1 - 3e-6) < distance <= CLIP
+
+
+def test_weights_and_bias_share_one_bound(steps: list[Step]) -> None:
+    # The bias's gradient alone is √(2/3) long, the weights' √(2/3) · 2: both beyond the bound.
+    one = units(np.ones((1, DIM), np.float32), torch.tensor([0]))
+    trainer(study(), one).update(zeros(study()), 1.0, source())
+    weights, bias = np.split(steps[0].total, [LABELS * DIM])
+    scale = CLIP * (1 - 1e-6) / np.sqrt(5)
+    assert np.linalg.norm(weights) == pytest.approx(2 * scale, rel=1e-12)
+    assert np.linalg.norm(bias) == pytest.approx(scale, rel=1e-12)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    values=st.lists(st.floats(width=32), min_size=2 * DIM, max_size=2 * DIM),
+    targets=st.tuples(st.integers(0, LABELS - 1), st.integers(0, LABELS - 1)),
+    head=st.sampled_from([None, MLP]),
+)
+def test_no_unit_whatever_it_holds_moves_the_sum_beyond_the_bound(
+    steps: list[Step], values: list[float], targets: tuple[int, int], head: dict[str, Any] | None
+) -> None:
+    steps.clear()
+    contract, held = study(head=head), features(6)
+    rows = torch.tensor(values, dtype=torch.float32).view(1, 2, DIM)
+    other = Features(rows, torch.ones(1, 2, dtype=torch.bool), torch.tensor([targets]))
+    for own in (held, joined(held, other)):
+        update = trainer(contract, own).update(start(contract), 1.0, source())
+        assert np.isfinite(flat(update)).all()
+    assert np.linalg.norm(steps[0].total - steps[1].total) <= CLIP
+
+
+def test_a_step_of_dp_sgd_takes_each_unit_at_the_priced_rate_and_clips_it_once(
+    steps: list[Step],
+) -> None:
+    contract, held = sampled(0.2, 100), features(10)
+    absent = Features(
+        torch.full((1, 2, DIM), 1e6), torch.zeros(1, 2, dtype=torch.bool), torch.tensor([[0, 1]])
+    )
+    present = Features(absent.values, torch.ones_like(absent.mask), absent.targets)
+    for last in (absent, present):
+        # At a learning rate of zero the head stays, and only the last unit differs.
+        trainer(contract, joined(held, last)).update(zeros(contract), 0.0, source())
+    assert len(steps) == 1000
+    pairs = zip(steps[:500], steps[500:], strict=True)
+    distances = np.array([np.linalg.norm(a.total - b.total) for a, b in pairs])
+    taken = distances > 0
+    assert distances.max() <= CLIP
+    assert distances[taken].min() > CLIP * (1 - 3e-6)
+    assert abs(taken.mean() - 0.2) < 4 * np.sqrt(0.2 * 0.8 / 500)
+
+
+def test_sample_sizes_are_binomial_at_the_priced_rate(steps: list[Step]) -> None:
+    contract, count, rate = sampled(0.1, 30), 400, 0.1
+    trainer(contract, alike(count)).update(zeros(contract), 0.0, source())
+    # Every unit's gradient is the same and is clipped, so a sum's length counts its units.
+    sizes = np.array([np.linalg.norm(s.total) / (CLIP * (1 - 1e-6)) for s in steps])
+    variance = count * rate * (1 - rate)
+    assert len(sizes) == 300
+    np.testing.assert_allclose(sizes, sizes.round(), atol=1e-9)
+    assert abs(sizes.mean() - count * rate) < 4 * np.sqrt(variance / 300)
+    assert sizes.var() == pytest.approx(variance, rel=4 * np.sqrt(2 / 300))
+
+
+@pytest.mark.parametrize("measured", [1, 90])
+@pytest.mark.parametrize(
+    ("contract", "scale"),
+    [
+        (study(labels=10), 1 / 50),
+        # Eight steps of rate 0.1, each divided by the 12.5 units that a sample should hold.
+        (sampled(0.25, 2, labels=10), 0.1 * np.sqrt(8) / 12.5),
+    ],
+    ids=["dp-gd", "dp-sgd"],
+)
+def test_noise_in_a_release_has_the_promised_deviation_for_the_declared_size(
+    contract: Study, scale: float, measured: int
+) -> None:
+    own = trainer(contract, alike(measured, dim=1000), declared=50)
+    noise = own.update(zeros(contract, 1000), 0.1, source())["linear0.weight"]
+    # Ten thousand normals: four standard errors of their deviation are 2.8%.
+    assert noise.std() == pytest.approx(SIGMA * CLIP * scale, rel=0.028)
+    assert abs(noise.mean()) < 4 * SIGMA * CLIP * scale / 100
+
+
+@pytest.mark.parametrize("declared", [10, 20, 40])
+@pytest.mark.parametrize("algorithm", ["none", "dp-gd"])
+def test_the_known_gradient_is_divided_by_the_declared_size(algorithm: str, declared: int) -> None:
+    contract = study(algorithm)
+    bare, full = (
+        trainer(contract, alike(count), declared).update(zeros(contract), 1.0, source())
+        for count in (0, 20)
+    )
+    bias = np.array([1 / 3 - 1, 1 / 3, 1 / 3])
+    unit = bias if algorithm == "none" else CLIP * (1 - 1e-6) * bias / np.linalg.norm(bias)
+    difference = full["linear0.bias"] - bare["linear0.bias"]
+    # The same noise is in both and cancels; what is left is exact but for the noise's grid.
+    np.testing.assert_allclose(difference, 20 * unit / declared, rtol=0, atol=1e-7)
+    np.testing.assert_array_equal(full["linear0.weight"], bare["linear0.weight"])
+
+
+@pytest.mark.parametrize("contract", [study(), study(head=MLP), study("none")])
+def test_what_a_masked_instance_holds_has_no_effect(contract: Study) -> None:
+    held = features()
+    assert not held.mask.all()
+    values = torch.where(held.mask[..., None], held.values, 1e4)
+    targets = torch.where(held.mask, held.targets, 0)
+    first, second = (
+        flat(trainer(contract, own).update(start(contract), 1.0, source()))
+        for own in (held, Features(values, held.mask, targets))
+    )
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("head", [None, MLP], ids=["linear", "mlp"])
+def test_units_in_memory_at_once_do_not_matter(
+    steps: list[Step], monkeypatch: pytest.MonkeyPatch, head: dict[str, Any] | None
+) -> None:
+    contract, held = study(head=head), features(5000)
+    for size in (8192, training.PHYSICAL_UNITS, 1024):
+        monkeypatch.setattr(training, "PHYSICAL_UNITS", size)
+        trainer(contract, held).update(start(contract), 1.0, source())
+    np.testing.assert_allclose(steps[1].total, steps[0].total, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(steps[2].total, steps[0].total, rtol=0, atol=1e-9)
+    assert np.linalg.norm(steps[0].total) > CLIP
+
+
+def test_dropout_comes_from_the_releases_own_source(steps: list[Step]) -> None:
+    contract = study(head={**MLP, "dropout": 0.5})
+    own, plain = trainer(contract, features()), trainer(study(head=MLP), features())
+    first, again = (own.update(start(contract), 1.0, source(1)) for _ in range(2))
+    np.testing.assert_array_equal(flat(first), flat(again))
+    own.update(start(contract), 1.0, source(2))
+    plain.update(start(contract), 1.0, source(1))
+    # These are sums before their noise, on one head: what differs between them is the masks.
+    assert not np.allclose(steps[0].total, steps[2].total)
+    assert not np.allclose(steps[0].total, steps[3].total)
+
+
+def global_states() -> bytes:
+    """All that torch's, numpy's and random's global generators are made of."""
+    return pickle.dumps((torch.get_rng_state().numpy(), np.random.get_state(), random.getstate()))
+
+
+@pytest.mark.parametrize("algorithm", ["dp-gd", "dp-sgd", "none"])
+def test_no_global_generator_is_touched(algorithm: str) -> None:
+    head = {**MLP, "dropout": 0.5}
+    contract = sampled(0.5, 2, head=head) if algorithm == "dp-sgd" else study(algorithm, head=head)
+    before = global_states()
+    with source() as own:
+        trainer(contract, features()).update(start(contract), 1.0, own)
+    assert global_states() == before
