@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def _site(ledger: Ledger, site: str) -> Iterator[dict[str, Any]]:
             "study": grant.study,
             "granted": grant.body["rounds"],
             "spent": len(events),
-            "events": [vars(event) if event else None for event in events[:1]],
+            "events": [asdict(event) if event else None for event in events],
             "epsilon": _finite(ledger.epsilon(site, delta, study=grant.study)),
             "epsilon_of_all": _finite(ledger.epsilon(site, delta)),
             "delta": delta,

@@ -340,22 +340,6 @@ def test_noise_in_a_release_has_the_promised_deviation_for_the_declared_size(
     assert abs(noise.mean()) < 4 * SIGMA * CLIP * scale / 100
 
 
-@pytest.mark.parametrize("declared", [10, 20, 40])
-@pytest.mark.parametrize("algorithm", ["none", "dp-gd"])
-def test_the_known_gradient_is_divided_by_the_declared_size(algorithm: str, declared: int) -> None:
-    contract = study(algorithm)
-    bare, full = (
-        trainer(contract, alike(count), declared).update(zeros(contract), 1.0, source())
-        for count in (0, 20)
-    )
-    bias = np.array([1 / 3 - 1, 1 / 3, 1 / 3])
-    unit = bias if algorithm == "none" else CLIP * (1 - 1e-6) * bias / np.linalg.norm(bias)
-    difference = full["linear0.bias"] - bare["linear0.bias"]
-    # The same noise is in both and cancels; what is left is exact but for the noise's grid.
-    np.testing.assert_allclose(difference, 20 * unit / declared, rtol=0, atol=1e-7)
-    np.testing.assert_array_equal(full["linear0.weight"], bare["linear0.weight"])
-
-
 @pytest.mark.parametrize("contract", [study(), study(head=MLP), study("none")])
 def test_what_a_masked_instance_holds_has_no_effect(contract: Study) -> None:
     held = features()
