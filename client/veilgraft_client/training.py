@@ -10,7 +10,6 @@ Nothing but its result depends on the units.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -58,36 +57,37 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         )
         self._normaliser = normaliser
         self._source = source
+        self._parameters = self.params
+        self._sizes = [parameter.numel() for parameter in self._parameters]
+        self._total: Tensor | None = None
 
     def clip_and_accumulate(self) -> None:
         """Clip each unit once over all parameters, add the sum, drop the units' gradients."""
-        total = mechanism.clipped_sum(self.grad_samples, self.max_grad_norm)
-        for parameter, part in zip(self.params, self._split(total), strict=True):
-            held = parameter.summed_grad
-            parameter.summed_grad = part if held is None else held + part
+        grads = [parameter.grad_sample for parameter in self._parameters]
+        total = mechanism.clipped_sum(grads, self.max_grad_norm)
+        self._total = total if self._total is None else self._total + total
+        for parameter in self._parameters:
             parameter.grad_sample = None
 
     def add_noise(self) -> None:
-        """Noise the sum on the grid."""
-        total = torch.cat([parameter.summed_grad.flatten() for parameter in self.params])
-        noised = mechanism.noised(total, self.max_grad_norm, self.noise_multiplier, self._source)
-        for parameter, part in zip(self.params, self._split(noised), strict=True):
-            parameter.grad = part
-
-    def scale_grad(self) -> None:
-        """Divide by the public normaliser, never by the size of a batch."""
-        for parameter in self.params:
-            parameter.grad /= self._normaliser
+        """Noise the sum on the grid, and divide it by the public normaliser, never by a count."""
+        assert self._total is not None
+        noise, clip = self.noise_multiplier, self.max_grad_norm
+        mean = mechanism.noised(self._total, clip, noise, self._source) / self._normaliser
+        parts = torch.split(mean, self._sizes)
+        for parameter, part in zip(self._parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def pre_step(self, closure: None = None) -> bool:
         """Turn what was accumulated into the noised gradient of one step."""
         self.add_noise()
-        self.scale_grad()
         return True
 
-    def _split(self, flat: Tensor) -> Iterator[Tensor]:
-        parts = torch.split(flat, [parameter.numel() for parameter in self.params])
-        return (part.view_as(p) for part, p in zip(parts, self.params, strict=True))
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the last step's sum and gradient."""
+        self._total = None
+        for parameter in self._parameters:
+            parameter.grad = parameter.grad_sample = None
 
 
 class PlainOptimizer:
