@@ -100,7 +100,6 @@ class Ledger:
                     raise LedgerError(f"{path}: the ledger is missing")
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 self._make()
-            path.chmod(0o600)
             self._connect(path)
             (mode,) = self._db.execute("PRAGMA journal_mode").fetchone()
             if mode != "wal" or self._schema() != self._expected_schema():

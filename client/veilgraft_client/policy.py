@@ -6,7 +6,7 @@ refusal carries a fixed code for the coordinator and the reason in full for the 
 
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, StrictBool
 
 from veilgraft.config import Config, RelativePath
 from veilgraft.errors import Refusal, RefusedError
@@ -49,7 +49,7 @@ class Site(Config):
     consent: str = ""
     anonymisation: str = ""
     limits: Limits
-    data_is_public: bool = False
+    data_is_public: StrictBool = False
     state: RelativePath
 
 

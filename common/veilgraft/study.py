@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    StrictBool,
     StringConstraints,
     model_validator,
 )
@@ -125,7 +126,7 @@ class Head(Config):
     """The small trainable part: `linear`, or `mlp` with `hidden` sizes."""
 
     type: Literal["linear", "mlp"] = "linear"
-    hidden: tuple[PositiveInt, ...] = ()
+    hidden: tuple[Annotated[int, Field(gt=0, le=65_536)], ...] = ()
     activation: Literal["relu", "gelu", "tanh"] = "relu"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -174,7 +175,7 @@ class Training(Config):
     """
 
     algorithm: Literal["dp-sgd", "dp-gd", "none"]
-    rounds: PositiveInt
+    rounds: Annotated[int, Field(gt=0, le=10_000)]
     learning_rate: PositiveFloat
     schedule: Literal["constant", "cosine", "plateau"] = "constant"
     patience: PositiveInt = 3
@@ -191,6 +192,11 @@ class Training(Config):
             raise ValueError(
                 f"expected both sample_rate and local_epochs for algorithm {self.algorithm}, "
                 f"got {given[0] if given else 'neither'}"
+            )
+        if self.local_steps > 10_000:
+            raise ValueError(
+                f"expected at most 10000 local steps a round, got {self.local_steps} from "
+                "local_epochs / sample_rate"
             )
         return self
 
@@ -236,7 +242,7 @@ class Evaluation(Config):
     """
 
     data: DataSource | None = None
-    data_is_public: bool = False
+    data_is_public: StrictBool = False
 
     @model_validator(mode="after")
     def _data_are_public(self) -> Self:
@@ -280,7 +286,7 @@ class Simulation(Config):
     """
 
     data: Annotated[tuple[DataSource, ...], BeforeValidator(_listed)] = ()
-    data_is_public: bool = False
+    data_is_public: StrictBool = False
     sites: PositiveInt = 10
     holdout: Annotated[float, Field(gt=0)] = 0.2
     partition: Partition = Partition()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from veilgraft.errors import InputError
-from veilgraft_client.ledger import Ledger
+from veilgraft_client.ledger import Ledger, LedgerError
 
 
 @contextmanager
@@ -21,7 +21,10 @@ def opened(path: Path) -> Iterator[Ledger]:
     path = path / "ledger.db" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{path}: expected a ledger, found none")
-    ledger = Ledger(path, exists=True)
+    try:
+        ledger = Ledger(path, exists=True)
+    except LedgerError as error:
+        raise InputError(str(error)) from None
     try:
         yield ledger
     finally:

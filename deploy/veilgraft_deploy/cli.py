@@ -66,6 +66,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        print(f"veilgraft: {error.filename}: {error.strerror}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
     except Exception as error:
         if debug:
             raise
@@ -231,7 +236,7 @@ def backbone_prepare(
     ] = "mean",
     column: Annotated[str | None, typer.Option(help="With --public: the input's column.")] = None,
     size: Annotated[
-        int | None, typer.Option(help="With --public: side in pixels, as in the study.")
+        int | None, typer.Option(help="With --public: side in pixels, as in the study.", min=1)
     ] = None,
     max_length: Annotated[int, typer.Option(help="With --public: tokens, as in the study.")] = 128,
     as_json: AsJson = False,

@@ -6,6 +6,7 @@ of it and a thousand sites cost no more memory than their records.
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,10 +201,17 @@ def _by_flower(simulation: Simulation, records: Records, rows: Rows) -> tuple[Ro
         partitioner = NaturalIdPartitioner(partition_by="partition")
     chosen = records.select(rows).dataset()
     partitioner.dataset = chosen.add_column("row", rows.tolist())
-    return tuple(
-        np.asarray(partitioner.load_partition(index)["row"], dtype=np.int64)
-        for index in range(partitioner.num_partitions)
-    )
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return tuple(
+                np.asarray(partitioner.load_partition(index)["row"], dtype=np.int64)
+                for index in range(partitioner.num_partitions)
+            )
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(
+            f"simulation.partition: no {how.by} split over {simulation.sites} sites was found; "
+            f"try fewer sites or a larger alpha ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _tensors(part: str, features: Features) -> dict[str, torch.Tensor]:

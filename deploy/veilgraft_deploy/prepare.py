@@ -1,8 +1,10 @@
 """`veilgraft backbone prepare`: a folder that a study can pin."""
 
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+from veilgraft.errors import InputError
 from veilgraft.model import backbone as backbones
 from veilgraft.study import Backbone, Preprocessing
 from veilgraft_client import dataset
@@ -36,5 +38,10 @@ def prepare(
             max_length=max_length,
             preprocessing=Preprocessing(size=size) if size else None,
         )
-        digest = backbones.write_statistics(out, spec, values)
+        try:
+            digest = backbones.write_statistics(out, spec, values)
+        except InputError:
+            if not out.samefile(folder):
+                shutil.rmtree(out)
+            raise
     return {"folder": str(out), "digest": digest, "modality": modality}

@@ -68,6 +68,7 @@ def simulate(
     _check_folder(run, resume=resume, overwrite=overwrite, compare=compare)
     source = Source.read(study, run.state, watcher)
     population = source.population()
+    _check_sites(run, population)
     ready = time.perf_counter()
     _claim(run, source, overwrite=overwrite)
     reached, history = federate(run, population)
@@ -114,6 +115,12 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool, compare: bool) -> 
     described = run.out / "run.json"
     if resume and overwrite:
         raise InputError("expected --resume or --overwrite, got both")
+    if not _private(run) and not run.study.simulation.data_is_public:
+        raise RefusedError(
+            Refusal.STUDY_NOT_APPROVED,
+            "a seed, or training.algorithm none, gives no privacy, and "
+            "simulation.data_is_public is not true",
+        )
     if compare and not run.study.simulation.data_is_public:
         raise RefusedError(
             Refusal.STUDY_NOT_APPROVED,
@@ -135,6 +142,22 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool, compare: bool) -> 
     if described.read_bytes() != _described(run):
         raise InputError(
             f"{described}: the study or the seed is not the one with which this run was started"
+        )
+
+
+def _check_sites(run: Run, population: Population) -> None:
+    """Raise `InputError` where the sites could never give what the aggregation asks."""
+    names = {site.site for site in population.sites}
+    aggregation = run.study.aggregation
+    if aggregation.quorum > len(names):
+        raise InputError(
+            f"aggregation.quorum: expected at most {len(names)}, the number of sites, "
+            f"got {aggregation.quorum}"
+        )
+    if aggregation.weights and set(aggregation.weights) != names:
+        raise InputError(
+            f"aggregation.weights: expected {', '.join(sorted(names))}, "
+            f"got {', '.join(sorted(aggregation.weights))}"
         )
 
 

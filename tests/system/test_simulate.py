@@ -233,15 +233,6 @@ def test_a_run_whose_ledger_or_records_were_lost_is_not_resumed(
     assert "the records are not those" in other.stderr
 
 
-def test_below_quorum_the_run_stops_with_a_checkpoint(tmp_path: Path, state: Path) -> None:
-    study = written(tmp_path, aggregation={"quorum": 11, "timeout": 0.5})
-    done = veilgraft("simulate", study, "--out", tmp_path / "run", "--state", state)
-    assert done.returncode == 4
-    assert "10 nodes after 0.5 s; aggregation.quorum is 11" in done.stderr
-    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
-    assert not (tmp_path / "run" / "report.json").exists()
-
-
 def test_data_not_declared_public_show_no_accuracy_and_no_unnoised_comparison(
     tmp_path: Path, state: Path
 ) -> None:
@@ -309,6 +300,19 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no backbone": ({"backbone": {"path": "nowhere"}}, "nowhere: "),
     "too many sites": ({"simulation": {"sites": 5000}}, "simulation.sites: 5000 sites, but only"),
+    "a quorum beyond the sites": (
+        {"aggregation": {"quorum": 11}},
+        "aggregation.quorum: expected at most 10, the number of sites, got 11",
+    ),
+    "a weight for nobody": (
+        {"aggregation": {"weights": {"site-1": 1, "nobody": 2}}},
+        "aggregation.weights: expected site-1",
+    ),
+    "text for a switch": (
+        {"simulation": {"data_is_public": "yes"}},
+        'simulation.data_is_public: expected boolean, got "yes"',
+    ),
+    "rounds without end": ({"training": {"rounds": 10**9}}, "training.rounds: expected a number"),
     "an impossible ε": (
         {"privacy": {"epsilon": 1e-12, "delta": 1e-9}},
         "privacy.epsilon: 1e-12 over 4 steps",

@@ -114,7 +114,9 @@ def epsilons(
     """
     mu, sampled = _merged([per_round])
     if not sampled:
-        return [epsilon([per_round] * k, delta, adjacency) for k in range(1, rounds + 1)]
+        sigma, steps = per_round.noise_multiplier, per_round.steps
+        totals = (Event(sigma, steps=steps * k) for k in range(1, rounds + 1))
+        return [epsilon([total], delta, adjacency) for total in totals]
     _check_delta(delta, sampled)
     one_round = total = _loss(mu, sampled, adjacency)
     running = []
