@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := common client server deploy tests
 
-.PHONY: demo test check drill bench bench-real demo-check backbone clean
+.PHONY: demo test check bench bench-real demo-check backbone clean
 
 demo: $(STAMP)
 	$(BIN)/veilgraft demo --out runs/demo --overwrite
@@ -18,9 +18,6 @@ check: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-drill: $(STAMP)
-	$(BIN)/pytest -m drill
 
 bench-real: $(STAMP)
 	$(BIN)/python tests/bench/real.py
