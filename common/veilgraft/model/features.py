@@ -19,6 +19,7 @@ import torch
 
 from veilgraft import study
 from veilgraft.config import sha256_of
+from veilgraft.durable import sync_folder
 from veilgraft.model.backbone import FrozenBackbone, Records, identity
 
 Array: TypeAlias = npt.NDArray[np.float32]
@@ -193,7 +194,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield partial
         os.fsync(handle)
         partial.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
         os.close(handle)
@@ -206,12 +207,4 @@ def _locked_partial(path: Path) -> tuple[int, Path]:
         # Another process may have taken it for abandoned before it was locked.
         if os.fstat(handle).st_nlink:
             return handle, Path(name)
-        os.close(handle)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
         os.close(handle)
