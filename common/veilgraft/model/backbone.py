@@ -7,16 +7,25 @@ file. Nothing in it can name code: the architecture stands on an allow-list, of 
 only the fields that the architecture declares are used, and `transformers` is handed those fields
 and the tensors, never the folder. So adapters, remote code, kernels and pickles aren't looked for.
 
-A record's features depend on that record alone, to within float32 rounding, whatever it was
-batched with; `tests/common/model/test_backbone.py` shows it for each architecture allowed here.
+A record's features depend on that record alone, whatever it was batched with: to within float32
+rounding in any batch (`features`), and bit for bit in slots (`in_slots`).
+`tests/common/model/test_backbone.py` shows both for each architecture allowed here.
+
+Slots are there because a product of matrices rounds a row by the place where it stands and by the
+batch's shape, and a kernel may be chosen by what a whole batch has in common. Differential
+privacy bounds what one record more or less changes, on the premise that the others stay as they
+were; a last bit that moved is a small change, and a head that amplifies it can be asked for. So
+a batch's shape and the slot in it are functions of the record's own content, slots that no record
+takes hold a fixed dummy, and what a kernel computes in a slot is then the record's alone.
 """
 
 import copy
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -39,16 +48,28 @@ from veilgraft.model.bundle import MANIFEST, digest, manifest, verify, write_man
 from veilgraft.model.reading import Reader
 
 __all__ = [
-    "IMAGE", "MANIFEST", "MAX_BYTES", "STATISTICS", "TEXT", "FrozenBackbone", "Records", "digest",
-    "identity", "manifest", "modality", "prepare", "verify", "write_manifest", "write_statistics",
+    "IMAGE", "MANIFEST", "MAX_BYTES", "STATISTICS", "TEXT", "FrozenBackbone", "Records", "Shape",
+    "digest", "identity", "manifest", "modality", "prepare", "slot", "verify", "write_manifest",
+    "write_statistics",
 ]  # fmt: skip
 
 STATISTICS = "feature_statistics.safetensors"
 MAX_BYTES = 4 << 30
 """Memory that a backbone's float32 tensors may take unless the caller says otherwise."""
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same files and study would give other features than before."""
+
+IMAGE_SLOTS = 16
+TEXT_SLOTS = 192
+"""Slots of a batch of images; tokens, or one text, of a batch of texts.
+
+Public constants: a batch whose size followed the data would tell of them in every row. More slots
+leave more of them empty, fewer make more batches.
+"""
+
+TEXT_STEP = 8
+"""Tokens in whose multiples texts are padded."""
 
 _LOADED = (
     "config.json",
@@ -62,6 +83,31 @@ _LOADED = (
 )
 
 Records: TypeAlias = Sequence[str] | Sequence[bytes]
+
+
+class Shape(NamedTuple):
+    """The shape of the batches that a record may stand in; a function of that record alone.
+
+    Attributes:
+        slots: rows of a batch.
+        tokens: of a row; 0 for images, which have one size after preprocessing.
+        padded: whether every row ends in padding, or none does. Attention takes another kernel
+            for a batch without padding, so that texts of both sorts must not meet.
+    """
+
+    slots: int
+    tokens: int = 0
+    padded: bool = False
+
+
+def slot(record: str | bytes, slots: int) -> int:
+    """Return the record's place in a batch: public, and a function of its content alone.
+
+    Equal records want the same slot, so they stand in different batches.
+    """
+    content = record.encode() if isinstance(record, str) else record
+    drawn = hashlib.sha256(b"veilgraft/slot/1\n" + content).digest()
+    return int.from_bytes(drawn, "big") % slots
 
 
 class FrozenBackbone:
@@ -108,21 +154,64 @@ class FrozenBackbone:
         model.to(device)
         return backbone
 
-    def order(self, records: Records) -> Sequence[int]:
-        """Return an order of the records in which neighbours are of like length."""
-        return self._reader.order(records)
+    def shapes(self, records: Records) -> list[Shape]:
+        """Return for each record the shape of the batches that it may stand in."""
+        if self._spec.modality == "image":
+            return [Shape(IMAGE_SLOTS)] * len(records)
+        starts = range(0, len(records), 256)
+        batches = (self._reader(records[start : start + 256]) for start in starts)
+        lengths = [n for batch in batches for n in batch["attention_mask"].sum(1).tolist()]
+        return [_text_shape(length, self._spec.max_length) for length in lengths]
+
+    def in_slots(self, shape: Shape, placed: Mapping[int, str | bytes]) -> torch.Tensor:
+        """Return the features of the records in their order, `(n, dim)`, float32, on the CPU.
+
+        On one machine with one number of threads, a record's are bit for bit a function of that
+        record alone, whatever stands in the other slots. What is not finite is left so.
+
+        Args:
+            shape: what `shapes` says of each of these records.
+            placed: records by their `slot`; one or more.
+
+        Raises:
+            InputError: an image can't be decoded.
+        """
+        slots = list(placed)
+        records: Any = list(placed.values())
+        inputs = self._dummies(shape)
+        for name, rows in self._reader(records).items():
+            # A text shorter than the batch is followed by the dummy's padding.
+            inputs[name][slots, : rows.shape[1]] = rows
+        return self._standardised(self._pooled(inputs))[slots]
 
     def features(self, records: Records) -> torch.Tensor:
         """Return the features of one batch, `(n, dim)`, float32, on the CPU.
 
-        What is not finite is left so; it is for the training to drop the unit.
+        They depend on the other records within float32 rounding; see `in_slots`. What is not
+        finite is left so; it is for the training to drop the unit.
 
         Raises:
             InputError: an image can't be decoded.
         """
         if not records:
             return torch.empty(0, self.dim)
-        values = self._pooled(self._reader(records))
+        return self._standardised(self._pooled(self._reader(records)))
+
+    def _dummies(self, shape: Shape) -> dict[str, torch.Tensor]:
+        """Return the inputs of a batch of dummies: blank images, or texts of the first token."""
+        blank = self._reader.blank
+        if not shape.tokens:
+            rows = blank["pixel_values"].repeat(shape.slots, 1, 1, 1)
+            # As the reader lays images out, for which convolutions take less time.
+            return {"pixel_values": rows.contiguous(memory_format=torch.channels_last)}
+        mask = torch.ones(shape.slots, shape.tokens, dtype=torch.int64)
+        if shape.padded:
+            mask[:, 1:] = 0
+        padding = self._model.config.pad_token_id or 0
+        ids = blank["input_ids"][:, : shape.tokens]
+        return {"input_ids": torch.where(mask == 1, ids, padding), "attention_mask": mask}
+
+    def _standardised(self, values: torch.Tensor) -> torch.Tensor:
         if self.statistics is None:
             return values
         mean, scale = self.statistics
@@ -163,6 +252,12 @@ class FrozenBackbone:
             )
         # A clone made outside inference mode may enter a head that is being trained.
         return offered[pooling].cpu().clone()
+
+
+def _text_shape(length: int, max_length: int) -> Shape:
+    # A token of padding or more, unless the text is as long as a text can be.
+    tokens = min((length // TEXT_STEP + 1) * TEXT_STEP, max_length)
+    return Shape(max(1, TEXT_SLOTS // tokens), tokens, length < tokens)
 
 
 def _classifier(

@@ -8,8 +8,10 @@ import contextlib
 import fcntl
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,7 +22,7 @@ import torch
 from veilgraft import study
 from veilgraft.config import sha256_of
 from veilgraft.durable import sync_folder
-from veilgraft.model.backbone import FrozenBackbone, Records, identity
+from veilgraft.model.backbone import FrozenBackbone, Records, Shape, identity, slot
 
 Array: TypeAlias = npt.NDArray[np.float32]
 
@@ -60,6 +62,32 @@ class Features:
         return Features(self.values[units], self.mask[units], self.targets[units])
 
 
+@dataclass(frozen=True)
+class Cohort:
+    """One site's units, in two parts that never mix.
+
+    Attributes:
+        training: what heads are trained on.
+        held_out: what they are evaluated on, for the life of the data; may be empty.
+    """
+
+    training: Features
+    held_out: Features
+
+    @property
+    def dim(self) -> int:
+        """Features per instance."""
+        return self.training.values.shape[-1]
+
+    @property
+    def whole(self) -> Features:
+        """All units, held out or not."""
+        parts = (self.training, self.held_out)
+        return Features(
+            *(torch.cat([getattr(p, f) for p in parts]) for f in ("values", "mask", "targets"))
+        )
+
+
 def _expect(name: str, tensor: torch.Tensor, dtype: torch.dtype, fits: bool) -> None:
     if tensor.dtype != dtype or not fits:
         raise ValueError(
@@ -92,6 +120,9 @@ def _tensor(values: Array) -> torch.Tensor:
 class FeatureStore:
     """Features on disk, computed once for each backbone and data set.
 
+    On one machine with one number of threads, a row is bit for bit a function of the backbone and
+    of that row's record: no record more or less, and no order of them, changes another's.
+
     A file's name is the SHA-256 of what shaped it: the backbone's identity and the data's
     fingerprint. Files have mode 0600 in a folder of mode 0700; features can be inverted to
     something like the record, so they are guarded as records are. A file appears whole or not
@@ -109,7 +140,6 @@ class FeatureStore:
         fingerprint: str,
         *,
         progress: Callable[[int, int], None] | None = None,
-        batch_size: int = 16,
     ) -> Array:
         """Return the features of all rows, `(rows, dim)`, memory-mapped and read-only.
 
@@ -136,7 +166,7 @@ class FeatureStore:
         self._remove_abandoned()
         with _replacing(path) as partial:
             values = _new_map(partial, (len(inputs), backbone.dim))
-            for done in _extract(backbone, inputs, values, batch_size):
+            for done in _extract(backbone, inputs, values):
                 if progress is not None:
                     progress(done, len(inputs))
             values.flush()
@@ -153,16 +183,28 @@ class FeatureStore:
                 partial.unlink(missing_ok=True)
 
 
-def _extract(
-    backbone: FrozenBackbone, inputs: Records, values: Array, batch_size: int
-) -> Iterator[int]:
+def _extract(backbone: FrozenBackbone, inputs: Records, values: Array) -> Iterator[int]:
     """Fill the rows batch by batch; yield how many are done after each."""
-    order = backbone.order(inputs)
-    for start in range(0, len(inputs), batch_size):
-        rows = list(order[start : start + batch_size])
-        batch: Any = [inputs[row] for row in rows]
-        values[rows] = backbone.features(batch).numpy()
-        yield start + len(rows)
+    done = 0
+    for shape, rows in _batches(backbone.shapes(inputs), inputs):
+        placed = {place: inputs[row] for place, row in rows.items()}
+        values[list(rows.values())] = backbone.in_slots(shape, placed).numpy()
+        done += len(rows)
+        yield done
+
+
+def _batches(shapes: list[Shape], inputs: Records) -> Iterator[tuple[Shape, dict[int, int]]]:
+    """Yield batches of one shape each, their rows by the slots that the records hash to.
+
+    Which batch a row goes to follows the other rows; its shape and its slot don't.
+    """
+    queues: dict[Shape, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for row, shape in enumerate(shapes):
+        queues[shape][slot(inputs[row], shape.slots)].append(row)
+    for shape, waiting in queues.items():
+        for rows in zip_longest(*waiting.values()):
+            places = zip(waiting, rows, strict=True)
+            yield shape, {place: row for place, row in places if row is not None}
 
 
 def _mapped(path: Path, rows: int) -> Array | None:

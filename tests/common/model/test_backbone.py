@@ -16,7 +16,7 @@ from torch import Tensor
 
 from veilgraft.errors import InputError
 from veilgraft.model import backbone as backbones
-from veilgraft.model.backbone import FrozenBackbone
+from veilgraft.model.backbone import FrozenBackbone, Shape
 from veilgraft.study import Backbone, Preprocessing
 
 ENCODER = {
@@ -352,9 +352,86 @@ def test_no_records_give_no_features(built: Callable[[str], Path]) -> None:
     assert opened(built("bert")).features([]).shape == (0, 16)
 
 
-def test_texts_are_ordered_by_their_number_of_tokens(built: Callable[[str], Path]) -> None:
-    assert opened(built("bert")).order(["w5 w6", "w5", "", "w7 w8 w9"]) == [2, 1, 0, 3]
-    assert list(opened(built("resnet")).order([png(9, 9), png(1, 1)])) == [0, 1]
+# --- slots --------------------------------------------------------------------------------------
+
+
+def by_shape(backbone: FrozenBackbone, some: Any) -> dict[Shape, list[Any]]:
+    found: dict[Shape, list[Any]] = {}
+    for shape, record in zip(backbone.shapes(some), some, strict=True):
+        found.setdefault(shape, []).append(record)
+    return found
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_what_stands_in_the_other_slots_changes_no_bit(
+    built: Callable[[str], Path], kind: str
+) -> None:
+    backbone = opened(built(kind))
+    draw = np.random.default_rng(0)
+    some: Any = [" ".join(f"w{n}" for n in draw.integers(5, 50, 25 + i % 10)) for i in range(40)]
+    if kind in backbones.IMAGE:
+        some = [png(20, 20, seed) for seed in range(18)]
+    for shape, alike in by_shape(backbone, some).items():
+        first, *others = alike
+        for own in range(shape.slots):
+            alone = backbone.in_slots(shape, {own: first})
+            rest = [place for place in range(shape.slots) if place != own]
+            beside = backbone.in_slots(shape, {own: first} | dict(zip(rest, others, strict=False)))
+            assert torch.equal(alone, beside[:1])
+            assert_same(alone, backbone.features([first]))
+
+
+def test_rows_come_in_the_order_of_the_records(built: Callable[[str], Path]) -> None:
+    backbone, some = opened(built("bert")), ["w5", "w6", "w7"]
+    (shape,) = set(backbone.shapes(some))
+    came = backbone.in_slots(shape, dict(zip((4, 0, 2), some, strict=True)))
+    assert_same(came, alone(backbone, some))
+
+
+@pytest.mark.parametrize(
+    ("words", "shape"),
+    [
+        (0, Shape(24, 8, padded=True)),
+        (5, Shape(24, 8, padded=True)),
+        (6, Shape(12, 16, padded=True)),
+        (37, Shape(4, 40, padded=True)),
+        (38, Shape(4, 40, padded=False)),
+        (99, Shape(4, 40, padded=False)),
+    ],
+)
+def test_a_texts_shape_follows_from_its_own_number_of_tokens(
+    built: Callable[[str], Path], words: int, shape: Shape
+) -> None:
+    # Two special tokens beside the words.
+    backbone = opened(built("bert"), max_length=40)
+    assert backbone.shapes(["w5 " * words]) == [shape]
+    assert backbone.shapes(["w6", "w5 " * words] * 300)[1::2] == [shape] * 300
+
+
+def test_a_long_text_has_a_batch_of_its_own() -> None:
+    assert backbones._text_shape(512, 512) == Shape(1, 512, padded=False)
+
+
+def test_images_have_one_shape(built: Callable[[str], Path]) -> None:
+    backbone = opened(built("resnet"))
+    assert backbone.shapes([png(9, 9), png(1, 40)]) == [Shape(backbones.IMAGE_SLOTS)] * 2
+    assert backbone.shapes([]) == []
+
+
+def test_an_undecodable_image_in_a_slot_is_an_input_error(built: Callable[[str], Path]) -> None:
+    backbone = opened(built("resnet"))
+    with pytest.raises(InputError, match="expected a whole image"):
+        backbone.in_slots(Shape(backbones.IMAGE_SLOTS), {3: b"no image"})
+
+
+def test_slots_are_the_same_everywhere_and_fill_evenly() -> None:
+    drawn = hashlib.sha256(b"veilgraft/slot/1\nw\xc3\xa9").hexdigest()
+    for slots in (1, 2, 5, 16):
+        assert backbones.slot("wé", slots) == backbones.slot("wé".encode(), slots)
+        assert backbones.slot("wé", slots) == int(drawn, 16) % slots
+    counts = np.bincount([backbones.slot(str(number), 5) for number in range(1000)])
+    assert counts.min() > 150
+    assert counts.sum() == 1000
 
 
 # --- frozen -------------------------------------------------------------------------------------
