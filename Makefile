@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := common client server deploy tests
 
-.PHONY: demo test check bench bench-real demo-check backbone clean
+.PHONY: demo test drill check bench bench-real demo-check backbone clean
 
 demo: $(STAMP)
 	$(BIN)/veilgraft demo --out runs/demo --overwrite
 
 test: $(STAMP)
 	$(BIN)/pytest -m "not drill"
+
+drill: $(STAMP)
+	$(BIN)/pytest -m drill
 
 check: $(STAMP)
 	$(BIN)/ruff format --check $(SOURCES)

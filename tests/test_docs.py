@@ -93,14 +93,50 @@ def test_every_file_that_the_readme_links_is_there() -> None:
         assert (ROOT / link).exists(), link
 
 
+def test_every_test_that_shows_a_promise_is_there() -> None:
+    text = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    file = ""
+    named = re.findall(r"`((?:[a-z_/]+\.py)?)(?:::(test_\w+))?`", text)
+    tests = [(path, name) for path, name in named if path or name]
+    assert len(tests) > 50
+    for path, name in tests:
+        file = path if "test_" in path else file
+        if name:
+            source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert f"def {name}(" in source, f"{file}::{name}"
+        elif "test_" in path:
+            assert (ROOT / "tests" / path).exists(), path
+
+
+def test_every_file_that_the_page_on_privacy_links_is_there() -> None:
+    text = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert len(links) > 5
+    for link in links:
+        assert (ROOT / "docs" / link).exists(), link
+
+
 def test_no_command_is_without_its_help() -> None:
     out = io.StringIO()
-    for command in (["--help"], ["study", "--help"], ["backbone", "--help"], ["ledger", "--help"]):
+    for command in (
+        ["--help"],
+        *([name, "--help"] for name in ("study", "backbone", "ledger", "site")),
+    ):
         with (
             mock.patch.object(sys, "argv", ["veilgraft", *command]),
             contextlib.redirect_stdout(out),
             contextlib.suppress(SystemExit),
         ):
             cli.main()
-    for name in ("demo", "simulate", "predict", "init", "check", "schema", "prepare", "verify"):
+    for name in (
+        "demo",
+        "simulate",
+        "predict",
+        "init",
+        "check",
+        "schema",
+        "prepare",
+        "verify",
+        "anchor",
+    ):
         assert name in out.getvalue()

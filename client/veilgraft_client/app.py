@@ -31,6 +31,7 @@ def client_app(connect: Callable[[Context], VaultLike]) -> ClientApp:
     app = ClientApp()
 
     @app.query()  # type: ignore[untyped-decorator]
+    @app.evaluate()  # type: ignore[untyped-decorator]
     @app.train()  # type: ignore[untyped-decorator]
     def answer(message: Message, context: Context) -> Message:
         return Message(messages.to_record(_answer(message, context)), reply_to=message)

@@ -34,8 +34,16 @@ Modality = Literal["text", "image"]
 TOLD = 20
 """Skipped rows that are told one by one; the rest are told as a count."""
 
+LONGEST_ID = 1_000
+"""Characters of an id; what is longer is no name but a slip of the columns."""
+
 MOST_LABELS = 100
 """A column with more distinct values is not taken for one of labels."""
+
+_IdType = Literal["text", "integer"]
+
+# Digits of other scripts are refused: `int` would read them, and no one else may.
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 
 _LABEL_NAMES = ("label", "labels", "target", "class", "category", "diagnosis", "y")
 
@@ -131,17 +139,20 @@ def read(
     list, or text split at `source.separator`; an empty one means no label.
 
     A **bad record** is a row that doesn't parse, an input that is empty or can't be decoded, a
-    missing label, or an empty unit or partition. With `source.on_bad_record: skip` it is left
-    out, told and counted. A label that the study doesn't have is no such record: the data are
-    not what the study says, and reading fails whatever `on_bad_record` is.
+    missing label, a unit or partition that is empty or longer than 1,000 characters, or a unit
+    that is no whole number where `source.unit_type` is `integer`. With
+    `source.on_bad_record: skip` it is left out, told and counted. A label that the study doesn't
+    have is no such record: the data are not what the study says, and reading fails whatever
+    `on_bad_record` is.
 
     Args:
         source: a file, a folder of images, or `digits`.
         task: whose labels are meant.
         modality: what an input is, and the column `input` by default: `text` or `image`.
         unit: the column that names the protected person; its values are stripped and put into
-            Unicode's form NFC, so that one person is not taken for two.
-        partition: the column by which a simulation splits; treated as `unit` is.
+            Unicode's form NFC, so that one person is not taken for two. Where `source.unit_type`
+            is `integer`, they are whole numbers in ASCII digits and compared as such.
+        partition: the column by which a simulation splits; treated as a `unit` of text is.
         tell: is given a line for each of the first 20 skipped rows, and one for the rest; a
             line holds the row's place and never its content.
 
@@ -152,7 +163,8 @@ def read(
     rows = _rows(source, task.labels, modality, ids)
     faults: dict[int, str] = {}
     labels = _labels(rows, task, source.separator, faults)
-    named = {role: _ids(rows, role, faults) for role in ids}
+    kinds: dict[str, _IdType] = {"unit": source.unit_type}
+    named = {role: _ids(rows, role, kinds.get(role, "text"), faults) for role in ids}
     table = pa.table({"input": _inputs(rows, modality, faults), "label": labels, **named})
     bad = _bad(rows, faults)
     if bad and source.on_bad_record == "fail":
@@ -356,16 +368,29 @@ def _images(rows: Rows, faults: dict[int, str]) -> pa.ChunkedArray:
     return column
 
 
-def _ids(rows: Rows, role: str, faults: dict[int, str]) -> pa.Array:
+def _ids(rows: Rows, role: str, kind: _IdType, faults: dict[int, str]) -> pa.Array:
     column = rows.table[role]
     # Fractions are refused: 12 and 12.0 would be one person under two names.
     if not (_is_text(column.type) or types.is_integer(column.type)):
         raise InputError(f"{rows.origin}: expected text or integers as {role}, got {column.type}")
     names = [_normal(name or "") for name in column.cast(pa.string()).to_pylist()]
     for i, name in enumerate(names):
-        if not name:
-            faults.setdefault(i, f"the {role} is empty")
+        if why := _id_fault(name, role, kind):
+            faults.setdefault(i, why)
+        elif kind == "integer":
+            names[i] = str(int(name))
     return pa.array(names, pa.string())
+
+
+def _id_fault(name: str, role: str, kind: _IdType) -> str | None:
+    """Return why this is no id, without a word of what it holds; None where it is one."""
+    if not name:
+        return f"the {role} is empty"
+    if len(name) > LONGEST_ID:
+        return f"expected at most {LONGEST_ID:,} characters as the {role}, got more"
+    if kind == "integer" and not _WHOLE_NUMBER.fullmatch(name):
+        return f"expected a whole number as the {role}"
+    return None
 
 
 def _labels(rows: Rows, task: Task, separator: str, faults: dict[int, str]) -> pa.Array:

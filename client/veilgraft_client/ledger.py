@@ -7,53 +7,33 @@ round with another head is refused. What was reserved and not committed may be c
 under the same entry; each further try reserves, and so pays, again. So the ledger is never below
 the truth.
 
+A study's plan is granted once, and only if all that was ever granted stays below the site's cap,
+as a `LifeFilter` prices it. What the filter rests on, the site's *terms*, is fixed with the first
+grant. A cap or δ that a person changes later starts, with the next grant, a filter of its own over
+the whole spend, and its δ adds: `life_delta` is the sum. That holds for a change that no result
+was the reason of.
+
 `transaction` makes several steps one synced write. Nothing may leave the process before the
 outermost transaction has ended: a simulation holds all sites' steps of a round in one.
 """
 
-import contextlib
 import hashlib
-import json
-import os
-import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from veilgraft.errors import Refusal, RefusedError, VeilgraftError
+from veilgraft.errors import Refusal, RefusedError
 from veilgraft.plan import Plan
 from veilgraft.privacy import accounting
 from veilgraft.privacy.accounting import Adjacency, Event
+from veilgraft.privacy.filters import LifeFilter
+from veilgraft.study import RECORD, Kind
+from veilgraft_client.chain import Chain, Entry
 
-FORMAT = 1
-WAIT_SECONDS = 30.0
-"""How long one process waits for another's transaction before it is refused."""
-
-_SCHEMA = """
-CREATE TABLE entries (
-    seq INTEGER PRIMARY KEY,
-    site TEXT NOT NULL,
-    study TEXT NOT NULL,
-    kind TEXT NOT NULL CHECK (kind IN ('open', 'grant', 'reserve', 'retry', 'commit')),
-    body TEXT NOT NULL,
-    hash BLOB NOT NULL
-) STRICT;
-CREATE TABLE payloads (seq INTEGER PRIMARY KEY REFERENCES entries, bytes BLOB NOT NULL) STRICT;
-CREATE INDEX keys ON entries (site, study, body ->> 'release', body ->> 'round')
-    WHERE kind = 'reserve';
-CREATE INDEX followers ON entries (body ->> 'reservation') WHERE kind IN ('retry', 'commit');
-CREATE UNIQUE INDEX one_commit ON entries (body ->> 'reservation') WHERE kind = 'commit';
-CREATE UNIQUE INDEX one_grant ON entries (site, study) WHERE kind = 'grant';
-CREATE TRIGGER no_update BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER no_delete BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-"""
-
-
-class LedgerError(VeilgraftError):
-    """The ledger can't be read, written or trusted; nothing may be released."""
+_UNCAPPED = 1e3
+"""The cap for which a filter's orders are chosen where there is none."""
 
 
 @dataclass(frozen=True)
@@ -64,128 +44,93 @@ class Key:
     study: str
     round: int
     head: str
-    release: Literal["update"] = "update"
+    release: Kind = "update"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One line of the ledger."""
+class Terms:
+    """What a site fixes for the life of its data.
 
-    seq: int
-    site: str
-    study: str
-    kind: str
-    body: dict[str, Any]
-    hash: bytes
+    Attributes:
+        max_epsilon: the cap on everything ever released; None where there is no cap because there
+            is no privacy to lose.
+        delta: of that cap.
+        held_out: the share of its units that is evaluated on and never trained on.
+        unit: what is counted: a study's `privacy.unit`. A person's records, each within a cap,
+            would be a person beyond it.
+    """
+
+    max_epsilon: float | None
+    delta: float
+    held_out: float = 0.0
+    unit: str = RECORD
 
 
 class Ledger:
-    """One open ledger file; see the module's docstring.
-
-    A ledger is made only where no file is, and appears whole; a file that is empty or no ledger
-    is refused, so that what was spent can't be forgotten by losing half of it.
+    """One open ledger; see the module's docstring.
 
     Args:
         exists: refuse to make a new one.
 
     Raises:
-        LedgerError: no ledger can be opened or made there.
+        ChainError: no ledger can be opened or made there; from any method, it can't be read,
+            written or trusted. Nothing may then be released.
     """
 
     def __init__(self, path: Path, *, exists: bool = False) -> None:
         self.path = path
-        try:
-            if not path.exists():
-                if exists:
-                    raise LedgerError(f"{path}: the ledger is missing")
-                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self._make()
-            self._connect(path)
-            (mode,) = self._db.execute("PRAGMA journal_mode").fetchone()
-            if mode != "wal" or self._schema() != self._expected_schema():
-                raise LedgerError(f"{path}: expected a ledger of format {FORMAT}")
-        except (OSError, sqlite3.Error) as error:
-            raise LedgerError(f"{path}: can't open the ledger: {error}") from error
-
-    def _make(self) -> None:
-        """Write a new ledger beside its place and move it there, unless another was quicker."""
-        staged = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        staged.unlink(missing_ok=True)
-        try:
-            staged.touch(mode=0o600)
-            self._connect(staged)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            with self.transaction():
-                for statement in _statements():
-                    self._db.execute(statement)
-                self._append("", "", "open", {"format": FORMAT})
-            self._db.close()
-            with contextlib.suppress(FileExistsError):
-                os.link(staged, self.path)
-        finally:
-            staged.unlink(missing_ok=True)
-
-    def _connect(self, path: Path) -> None:
-        self._db = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None)
-        self._db.execute("PRAGMA synchronous = FULL")
-
-    def _schema(self) -> set[str]:
-        rows = self._db.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")
-        return {row[0] for row in rows}
-
-    @staticmethod
-    def _expected_schema() -> set[str]:
-        return {statement.strip() for statement in _statements()}
+        self._chain = Chain(path, exists=exists)
 
     def close(self) -> None:
         """End the connection; the file is complete without it."""
-        self._db.close()
+        self._chain.close()
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> AbstractContextManager[None]:
         """One all-or-nothing write, synced when the outermost one ends."""
-        if self._db.in_transaction:
-            self._db.execute("SAVEPOINT inner")
-            try:
-                yield
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK TO inner")
-                    self._db.execute("RELEASE inner")
-                raise
-            self._db.execute("RELEASE inner")
-            return
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
-            raise LedgerError(f"{self.path}: can't write: {error}") from error
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            if isinstance(error, sqlite3.Error):
-                raise LedgerError(f"{self.path}: can't write: {error}") from error
-            raise
+        return self._chain.transaction()
 
-    def grant(self, site: str, study: str, plan: Plan, *, max_epsilon: float) -> None:
+    def entries(self, site: str | None = None) -> Iterator[Entry]:
+        """Yield all entries, or those of one site, in order."""
+        return self._chain.entries(site)
+
+    def head(self) -> str:
+        """Return the chain's head: the sequence number and hash of the last entry."""
+        return self._chain.head()
+
+    def verify(self, anchor: str | None = None) -> int:
+        """Check the whole chain and every stored release; see `Chain.verify`."""
+        return self._chain.verify(anchor)
+
+    def grant(self, site: str, study: str, plan: Plan, terms: Terms, *, units: int) -> None:
         """Grant a study's plan to be spent, once; the same grant again changes nothing.
 
+        Args:
+            units: the size that the site declares for this study.
+
         Raises:
-            RefusedError: the plan would take the site above its cap for life, or another plan
-                stands under this study.
+            RefusedError: the plan would take the site above its cap for life; another plan, or
+                another size, stands under this study; or the unit or the held-out share is
+                another than before.
         """
         with self.transaction():
-            body = {"delta": plan.delta, "event": _dumped(plan.update), "rounds": plan.rounds}
+            self._check_terms(site, terms)
+            body = {"delta": plan.delta, "releases": _releases(plan), "units": units}
             held = self._grant(site, study)
-            if held is not None:
-                if {k: held[k] for k in body} != body:
-                    raise RefusedError(Refusal.UNAVAILABLE, f"{study}: granted with another plan")
-            else:
-                self._append(site, study, "grant", body)
             # Also where nothing new is granted: a person may have lowered the cap.
-            self._check_cap(site, plan.delta, max_epsilon)
+            total = self.life_epsilon(site, terms, plan if held is None else None)
+            if terms.max_epsilon is not None and total > terms.max_epsilon:
+                raise RefusedError(
+                    Refusal.UNAVAILABLE,
+                    f"{site}: over budget: all granted studies would come to ε = {total:.4g} at "
+                    f"δ = {terms.delta:g}; the cap is {terms.max_epsilon:g}",
+                )
+            if held is None:
+                self._settle(site, terms)
+                self._chain.append(site, study, "grant", body)
+            elif {key: held[key] for key in body} != body:
+                raise RefusedError(
+                    Refusal.UNAVAILABLE, f"{site}: {study}: granted with another plan or size"
+                )
 
     def reserve(self, key: Key) -> int | bytes:
         """Pay for one release: the reservation, or the bytes if it was released before.
@@ -201,10 +146,10 @@ class Ledger:
                         Refusal.ROUND_CONFLICT,
                         f"{key.site}: round {key.round} was released for another head",
                     )
-                if (payload := self._payload(entry.seq)) is not None:
+                if (payload := self._chain.payload(self._commit(entry.seq))) is not None:
                     return payload
-            if held and not self._followers(held[-1].seq):
-                self._append(key.site, key.study, "retry", {"reservation": held[-1].seq})
+            if held and not self._followed(held[-1].seq):
+                self._chain.append(key.site, key.study, "retry", {"reservation": held[-1].seq})
                 return held[-1].seq
             return self._pay(key, attempt=len(held) + 1)
 
@@ -214,21 +159,14 @@ class Ledger:
         If another process committed the same key first, its bytes are returned.
         """
         with self.transaction():
-            entry = self._entry(reservation)
+            entry = self._chain.entry(reservation)
             for held in self._reservations(_key(entry)):
-                if (stored := self._payload(held.seq)) is not None:
+                if (stored := self._chain.payload(self._commit(held.seq))) is not None:
                     return stored
             digest = hashlib.sha256(payload).hexdigest()
             body = {"payload": digest, "reservation": reservation}
-            seq = self._append(entry.site, entry.study, "commit", body)
-            self._db.execute("INSERT INTO payloads VALUES (?, ?)", (seq, payload))
+            self._chain.append(entry.site, entry.study, "commit", body, payload)
             return payload
-
-    def entries(self, site: str | None = None) -> Iterator[Entry]:
-        """Yield all entries, or those of one site, in order."""
-        for row in self._db.execute("SELECT * FROM entries ORDER BY seq"):
-            if site is None or row[1] == site:
-                yield _entry(row)
 
     def events(self, site: str, study: str | None = None) -> list[Event | None]:
         """Return what every reservation cost, in order; None is a release without noise."""
@@ -246,127 +184,148 @@ class Ledger:
         study: str | None = None,
         adjacency: Adjacency = Adjacency.ADD_REMOVE,
     ) -> float:
-        """Return the composed ε of all that was reserved; infinite after one un-noised release."""
-        return _price(self.events(site, study), delta, adjacency)
+        """Return the composed ε of all that was reserved; infinite after one un-noised release.
+
+        As if all settings had been fixed in advance; see `life_epsilon`.
+        """
+        events = self.events(site, study)
+        noised = [event for event in events if event is not None]
+        if len(noised) < len(events):
+            return float("inf")
+        return accounting.epsilon(noised, delta, adjacency)
+
+    def life_epsilon(
+        self, site: str, terms: Terms | None = None, further: Plan | None = None
+    ) -> float:
+        """Return what is held against the cap: all plans granted, at the terms' δ.
+
+        It holds although studies were chosen in the light of earlier ones' results; see
+        `LifeFilter`. Infinite where a plan without noise was granted.
+
+        Args:
+            terms: those in force, by default.
+            further: a plan that is not yet granted.
+        """
+        before: list[Event | None] = []
+        since: list[Event | None] = []
+        released = False
+        for entry in self.entries(site):
+            released = released or entry.kind == "reserve"
+            if entry.kind == "grant":
+                (since if released else before).extend(_granted(entry.body["releases"]))
+        if further is not None:
+            (since if released else before).extend(_granted(_releases(further)))
+        if None in before or None in since:
+            return float("inf")
+        filters = self._filters(site, terms or self.terms(site))
+        return filters.epsilon([e for e in before if e], [e for e in since if e])
+
+    def terms(self, site: str) -> Terms:
+        """Return the terms now in force."""
+        body = self._terms(site)[-1]
+        return Terms(body["max_epsilon"], body["delta"], body["held_out"], body["unit"])
+
+    def life_delta(self, site: str) -> float:
+        """Return the δ of the cap: that of the terms, and of all terms before them."""
+        return float(sum(body["delta"] for body in self._terms(site)))
+
+    def paid(self, site: str, study: str) -> int:
+        """Return how many rounds of a study were paid for."""
+        query = (
+            "SELECT count(DISTINCT body ->> 'round') FROM entries WHERE kind = 'reserve'"
+            " AND site = ? AND study = ? AND body ->> 'release' = 'update'"
+        )
+        return int(self._chain.one(query, site, study))
 
     def sites(self) -> list[str]:
         """Return the sites that hold a grant."""
-        query = "SELECT DISTINCT site FROM entries WHERE kind = 'grant' ORDER BY seq"
-        return [row[0] for row in self._db.execute(query)]
+        grants = self._chain.select("SELECT * FROM entries WHERE kind = 'grant' ORDER BY seq")
+        return list(dict.fromkeys(entry.site for entry in grants))
 
-    def head(self) -> str:
-        """Return the chain's head: the sequence number and hash of the last entry."""
-        seq, last = self._db.execute(
-            "SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1"
-        ).fetchone()
-        return f"{seq}:{last.hex()}"
+    def _check_terms(self, site: str, terms: Terms) -> None:
+        """Raise `RefusedError` where what is fixed for life would change."""
+        for held in self._terms(site)[-1:]:
+            if held["held_out"] != terms.held_out:
+                raise RefusedError(
+                    Refusal.UNAVAILABLE,
+                    f"{site}: a share of {terms.held_out:g} is to be held out, and "
+                    f"{held['held_out']:g} was, which is fixed for life",
+                )
+            if held["unit"] != terms.unit:
+                raise RefusedError(
+                    Refusal.UNAVAILABLE,
+                    f"{site}: this ledger counts by {held['unit']}, for life; the study's unit is "
+                    f"{terms.unit}",
+                )
 
-    def verify(self) -> int:
-        """Check the whole chain and every stored release; return the number of entries.
+    def _settle(self, site: str, terms: Terms) -> None:
+        """Write the terms down where they are the first, or differ from those in force."""
+        if not self._terms(site) or self.terms(site) != terms:
+            orders = self._filters(site, terms).orders
+            self._chain.append(site, "", "terms", {**asdict(terms), "orders": orders})
 
-        Raises:
-            LedgerError: naming the first entry that does not fit.
-        """
-        previous, count = b"", 0
-        for row in self._db.execute("SELECT * FROM entries ORDER BY seq"):
-            entry, count = _entry(row), count + 1
-            # The stored text itself is chained: SQL and JSON readers may see it differently.
-            fits = entry.seq == count and entry.hash == _chained(previous, *row[:5])
-            if not fits or (entry.kind == "open") != (count == 1):
-                raise LedgerError(f"{self.path}: entry {entry.seq} does not fit the chain")
-            if entry.kind == "commit":
-                stored = self._db.execute(
-                    "SELECT bytes FROM payloads WHERE seq = ?", (entry.seq,)
-                ).fetchone()
-                if not stored or hashlib.sha256(stored[0]).hexdigest() != entry.body["payload"]:
-                    raise LedgerError(f"{self.path}: entry {entry.seq}: stored bytes differ")
-            previous = entry.hash
-        query = "SELECT count(*) FROM payloads WHERE seq NOT IN (SELECT seq FROM entries)"
-        if not count or self._db.execute(query).fetchone()[0]:
-            raise LedgerError(f"{self.path}: entries are missing")
-        return count
-
-    def _check_cap(self, site: str, delta: float, max_epsilon: float) -> None:
-        granted: list[Event | None] = []
-        for entry in self.entries(site):
-            if entry.kind == "grant":
-                granted += [_loaded(entry.body["event"])] * entry.body["rounds"]
-        total = _price(granted, delta, Adjacency.ADD_REMOVE)
-        # σ is solved to the study's ε from below; the cap may equal it.
-        if total > max_epsilon:
-            raise RefusedError(
-                Refusal.UNAVAILABLE,
-                f"{site}: over budget: all granted studies would come to ε = {total:.4g} at "
-                f"δ = {delta:g}; limits.max_epsilon is {max_epsilon:g}",
-            )
+    def _filters(self, site: str, terms: Terms) -> LifeFilter:
+        """Return the filters of these terms: as they were fixed, or as they would be."""
+        held = self._terms(site)
+        if held and self.terms(site) == terms:
+            return LifeFilter(held[-1]["delta"], tuple(held[-1]["orders"]))
+        cap = _UNCAPPED if terms.max_epsilon is None else terms.max_epsilon
+        return LifeFilter.fixed(cap, terms.delta)
 
     def _pay(self, key: Key, attempt: int) -> int:
         grant = self._grant(key.site, key.study)
         if grant is None:
             raise RefusedError(Refusal.STUDY_NOT_APPROVED, f"{key.site}: {key.study}: not granted")
-        spent = self._db.execute(
-            "SELECT count(*) FROM entries WHERE kind = 'reserve' AND site = ? AND study = ?",
-            (key.site, key.study),
-        ).fetchone()[0]
-        if spent >= grant["rounds"]:
+        granted = grant["releases"].get(key.release, {"count": 0, "event": None})
+        spent = self._chain.one(
+            "SELECT count(*) FROM entries WHERE kind = 'reserve' AND site = ? AND study = ?"
+            " AND body ->> 'release' = ?",
+            key.site,
+            key.study,
+            key.release,
+        )
+        if spent >= granted["count"]:
             raise RefusedError(
                 Refusal.UNAVAILABLE,
-                f"{key.site}: over budget: all {grant['rounds']} granted rounds are spent",
+                f"{key.site}: over budget: all {granted['count']} granted releases of kind "
+                f"{key.release} are spent",
             )
         body = {
             "attempt": attempt,
-            "event": grant["event"],
+            "event": granted["event"],
             "head": key.head,
             "release": key.release,
             "round": key.round,
         }
-        return self._append(key.site, key.study, "reserve", body)
+        return self._chain.append(key.site, key.study, "reserve", body)
 
     def _grant(self, site: str, study: str) -> dict[str, Any] | None:
-        query = "SELECT body FROM entries WHERE kind = 'grant' AND site = ? AND study = ?"
-        row = self._db.execute(query, (site, study)).fetchone()
-        return json.loads(row[0]) if row else None
+        query = "SELECT * FROM entries WHERE kind = 'grant' AND site = ? AND study = ?"
+        return next((entry.body for entry in self._chain.select(query, site, study)), None)
+
+    def _terms(self, site: str) -> list[dict[str, Any]]:
+        query = "SELECT * FROM entries WHERE kind = 'terms' AND site = ? ORDER BY seq"
+        return [entry.body for entry in self._chain.select(query, site)]
 
     def _reservations(self, key: Key) -> list[Entry]:
         query = (
             "SELECT * FROM entries WHERE kind = 'reserve' AND site = ? AND study = ?"
             " AND body ->> 'release' = ? AND body ->> 'round' = ? ORDER BY seq"
         )
-        rows = self._db.execute(query, (key.site, key.study, key.release, key.round))
-        return [_entry(row) for row in rows]
+        return list(self._chain.select(query, key.site, key.study, key.release, key.round))
 
-    def _followers(self, reservation: int) -> int:
+    def _followed(self, reservation: int) -> bool:
+        """Whether a reservation was computed once more, or committed."""
         query = (
-            "SELECT count(*) FROM entries WHERE kind IN ('retry', 'commit')"
+            "SELECT seq FROM entries WHERE kind IN ('retry', 'commit')"
             " AND body ->> 'reservation' = ?"
         )
-        return int(self._db.execute(query, (reservation,)).fetchone()[0])
+        return self._chain.one(query, reservation) is not None
 
-    def _payload(self, reservation: int) -> bytes | None:
-        query = (
-            "SELECT bytes FROM payloads JOIN entries USING (seq)"
-            " WHERE kind = 'commit' AND body ->> 'reservation' = ?"
-        )
-        row = self._db.execute(query, (reservation,)).fetchone()
-        return row[0] if row else None
-
-    def _entry(self, seq: int) -> Entry:
-        return _entry(self._db.execute("SELECT * FROM entries WHERE seq = ?", (seq,)).fetchone())
-
-    def _append(self, site: str, study: str, kind: str, body: dict[str, Any]) -> int:
-        last = self._db.execute("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1")
-        seq, previous = last.fetchone() or (0, b"")
-        time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        row = (seq + 1, site, study, kind, _canonical({**body, "time": time}))
-        self._db.execute(
-            "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", (*row, _chained(previous, *row))
-        )
-        return int(row[0])
-
-
-def _entry(row: tuple[Any, ...]) -> Entry:
-    seq, site, study, kind, body, chained = row
-    return Entry(seq, site, study, kind, json.loads(body), chained)
+    def _commit(self, reservation: int) -> int | None:
+        query = "SELECT seq FROM entries WHERE kind = 'commit' AND body ->> 'reservation' = ?"
+        found: int | None = self._chain.one(query, reservation)
+        return found
 
 
 def _key(entry: Entry) -> Key:
@@ -374,29 +333,17 @@ def _key(entry: Entry) -> Key:
     return Key(entry.site, entry.study, body["round"], body["head"], body["release"])
 
 
-def _canonical(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+def _releases(plan: Plan) -> dict[str, Any]:
+    return {
+        kind: {"count": count, "event": asdict(event) if event else None}
+        for kind, (count, event) in plan.releases.items()
+    }
 
 
-def _chained(previous: bytes, seq: int, site: str, study: str, kind: str, body: str) -> bytes:
-    content = _canonical([seq, site, study, kind, body])
-    return hashlib.sha256(previous + content.encode()).digest()
-
-
-def _statements() -> list[str]:
-    return [statement.removesuffix(";").strip() for statement in _SCHEMA.strip().split(";\n")]
-
-
-def _dumped(event: Event | None) -> dict[str, float] | None:
-    return asdict(event) if event else None
+def _granted(releases: dict[str, Any]) -> Iterator[Event | None]:
+    for granted in releases.values():
+        yield from [_loaded(granted["event"])] * granted["count"]
 
 
 def _loaded(event: dict[str, Any] | None) -> Event | None:
     return Event(**event) if event else None
-
-
-def _price(events: list[Event | None], delta: float, adjacency: Adjacency) -> float:
-    noised = [event for event in events if event is not None]
-    if len(noised) < len(events):
-        return float("inf")
-    return accounting.epsilon(noised, delta, adjacency)

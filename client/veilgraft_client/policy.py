@@ -12,7 +12,7 @@ from veilgraft.config import Config, RelativePath
 from veilgraft.errors import Refusal, RefusedError
 from veilgraft.messages import Request
 from veilgraft.plan import Plan
-from veilgraft.study import DataSource, Digest, Name, Study
+from veilgraft.study import MAX_UNITS, RECORD, DataSource, Digest, Name, Study
 
 
 class Limits(Config):
@@ -20,12 +20,14 @@ class Limits(Config):
 
     Attributes:
         max_epsilon: ε of everything ever released, at `delta`.
+        delta: the δ of that. Half of it is for what was fixed before the first release, half for
+            studies chosen later; so no study may have more than half.
         min_units: a site that declares fewer takes no part.
         studies, backbones: digests that may be used; None allows any that a person approves.
     """
 
     max_epsilon: PositiveFloat
-    delta: Annotated[float, Field(gt=0, lt=1e-3)] = 1e-5
+    delta: Annotated[float, Field(ge=1e-9, lt=2e-3)] = 2e-5
     min_units: PositiveInt = 1
     studies: tuple[Digest, ...] | None = None
     backbones: tuple[Digest, ...] | None = None
@@ -37,6 +39,8 @@ class Site(Config):
     Attributes:
         units: the number of units that the site declares; it enters the arithmetic in place of
             the measured one, which would show through ε.
+        held_out: the share of units that heads are evaluated on and never trained on; fixed for
+            the life of the data.
         consent, anonymisation: the site's declarations, in its own words.
         data_is_public: the site's word that nobody's privacy is at stake; only then may a study
             without noise or with a seed run here.
@@ -45,12 +49,19 @@ class Site(Config):
 
     site: Name
     data: DataSource
-    units: Annotated[int, Field(gt=0, le=2**20)]
+    units: Annotated[int, Field(gt=0, le=MAX_UNITS)]
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     consent: str = ""
     anonymisation: str = ""
     limits: Limits
     data_is_public: StrictBool = False
     state: RelativePath
+
+    def unit(self, study: Study) -> str:
+        """Return what a study's unit is here: the column as this site's file names and types it."""
+        if study.privacy.column is None:
+            return RECORD
+        return f"{self.data.unit or study.privacy.column}, as {self.data.unit_type}"
 
 
 def check_study(site: Site, study: Study, plan: Plan, *, seeded: bool) -> None:
@@ -71,10 +82,16 @@ def check_study(site: Site, study: Study, plan: Plan, *, seeded: bool) -> None:
             Refusal.STUDY_NOT_APPROVED,
             f"{site.site}: limits.backbones does not name {study.backbone.digest}",
         )
-    if plan.update is not None and plan.delta > limits.delta:
+    if plan.update is not None and plan.delta > limits.delta / 2:
         raise RefusedError(
             Refusal.STUDY_NOT_APPROVED,
-            f"{site.site}: the study asks for δ = {plan.delta:g}, limits.delta is {limits.delta:g}",
+            f"{site.site}: the study asks for δ = {plan.delta:g}; limits.delta is "
+            f"{limits.delta:g}, of which one study may use half",
+        )
+    if plan.evaluated and not site.held_out:
+        raise RefusedError(
+            Refusal.STUDY_NOT_APPROVED,
+            f"{site.site}: the study evaluates on units held out for life, and held_out is 0",
         )
     if site.units < limits.min_units:
         raise RefusedError(
@@ -87,14 +104,26 @@ def check_request(site: Site, study: Study, request: Request) -> None:
     """Raise `RefusedError` unless the request fits the approved study; spends nothing."""
     if request.site != site.site:
         raise RefusedError(Refusal.REQUEST_INVALID, f"{site.site}: asked as {request.site}")
-    if request.round > study.training.rounds:
+    if not _planned(study, request):
         raise RefusedError(
             Refusal.REQUEST_INVALID,
-            f"{site.site}: round {request.round} of {study.training.rounds} was asked for",
+            f"{site.site}: {request.kind} of round {request.round} is no part of the plan",
         )
+    if request.kind != "update":
+        return
     if not 0 < request.rate <= study.training.learning_rate * (1 + 1e-9):
         raise RefusedError(
             Refusal.REQUEST_INVALID,
             f"{site.site}: a learning rate of {request.rate:g} was asked for; "
             f"training.learning_rate is {study.training.learning_rate:g}",
         )
+
+
+def _planned(study: Study, request: Request) -> bool:
+    match request.kind:
+        case "update":
+            return 1 <= request.round <= study.training.rounds
+        case "evaluation":
+            return request.round in study.evaluated
+        case "label-counts":
+            return study.evaluation.label_counts is not None and request.round == 0

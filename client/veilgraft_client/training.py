@@ -3,35 +3,61 @@
 Opacus computes per-unit gradients; clipping, summing and noise are `veilgraft.privacy`'s. A unit
 is a row of the feature tensor, whatever its number of instances, and is clipped once.
 
-Guarantee: for features of any values, `Trainer.update` of a private study is the composition of
-`local_steps` Gaussian mechanisms of noise multiplier σ, over Poisson samples (`dp-sgd`, Abadi et
-al. 2016, Algorithm 1) or over all units (`dp-gd`); adjacency is adding or removing one unit.
-Nothing but its result depends on the units.
+Guarantee: for features and heads of any values, `Trainer.update` of a private study is the
+composition of `local_steps` Gaussian mechanisms of noise multiplier σ, over Poisson samples
+(`dp-sgd`, Abadi et al. 2016, Algorithm 1) or over all units (`dp-gd`); adjacency is adding or
+removing one unit. Nothing but its result depends on the units.
+
+A unit's gradient, as computed, depends on that unit, the head and the dropout masks alone, to the
+last bit. Every step to it is made so: the head's layers (`model.rowwise`), the losses (`_losses`)
+and the sum over a unit's instances (`_unit_gradients`). Matrix products, which round a row by
+where it stands among the others, would not do. With a head chosen for it, one unit could move
+another's gradient: by its whole length through two hidden layers, and beyond the mechanism's
+slack with none, which is why linear heads are computed like this too.
 """
 
+import logging
 import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from opacus.grad_sample import GradSampleModule
+from opacus.grad_sample import GradSampleModule, register_grad_sampler
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
 
 from veilgraft.model import head as heads
 from veilgraft.model.features import Features
-from veilgraft.model.tasks import unit_losses
+from veilgraft.model.rowwise import RowLinear
+from veilgraft.model.tasks import TaskType, unit_losses
 from veilgraft.privacy import mechanism
 from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
 
-PHYSICAL_UNITS = 4096
-"""Units whose gradients are in memory at once; speed, not privacy."""
+log = logging.getLogger(__name__)
+
+PHYSICAL_INSTANCES = 4096
+"""Instances that are in memory at once; speed, not privacy."""
+
+PHYSICAL_NUMBERS = 2**20
+"""Instances in memory at once times the head's parameters; speed, not privacy."""
+
+PARTIAL_UNITS = 1024
+"""Units in a partial sum before it is added to the total; privacy: see `PrivateOptimizer`."""
+
+LARGEST = 1e4
+"""Of a feature and of a head's number; what is larger is a mistake or an attack. A unit that holds
+more counts for nothing, a head that does is refused."""
 
 
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
     """Opacus' optimiser with our clipping, our noise and a public normaliser.
+
+    However few units are in memory at once, the mechanism's bound for rounding holds. It is proved
+    for 2,050 additions that a unit's gradient passes through on its way to the sum, at most. Here
+    it passes through about 1,024 until its partial sum holds `PARTIAL_UNITS` units or more, and
+    one for each such partial sum, of which `mechanism.MAX_UNITS` give at most 1,024.
 
     Args:
         sigma: noise multiplier.
@@ -59,19 +85,29 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         self._source = source
         self._parameters = self.params
         self._sizes = [parameter.numel() for parameter in self._parameters]
-        self._total: Tensor | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._total = self._partial = torch.zeros(sum(self._sizes), dtype=torch.float64)
+        self._held = 0
 
     def clip_and_accumulate(self) -> None:
         """Clip each unit once over all parameters, add the sum, drop the units' gradients."""
         grads = [parameter.grad_sample for parameter in self._parameters]
-        total = mechanism.clipped_sum(grads, self.max_grad_norm)
-        self._total = total if self._total is None else self._total + total
+        self._partial = self._partial + mechanism.clipped_sum(grads, self.max_grad_norm)
+        self._held += len(grads[0])
+        if self._held >= PARTIAL_UNITS:
+            self._close_partial()
         for parameter in self._parameters:
             parameter.grad_sample = None
 
+    def _close_partial(self) -> None:
+        self._total = self._total + self._partial
+        self._partial, self._held = torch.zeros_like(self._total), 0
+
     def add_noise(self) -> None:
         """Noise the sum on the grid, and divide it by the public normaliser, never by a count."""
-        assert self._total is not None
+        self._close_partial()
         noise, clip = self.noise_multiplier, self.max_grad_norm
         mean = mechanism.noised(self._total, clip, noise, self._source) / self._normaliser
         parts = torch.split(mean, self._sizes)
@@ -85,7 +121,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the last step's sum and gradient."""
-        self._total = None
+        self._forget()
         for parameter in self._parameters:
             parameter.grad = parameter.grad_sample = None
 
@@ -122,10 +158,10 @@ class Trainer:
 
     Args:
         sigma: noise multiplier of every step; zero where the study is not private.
-        units: the size that the site declared; never a measured one.
+        units: how many the site declared to train on; never a measured number.
     """
 
-    def __init__(self, study: Study, features: Features, *, sigma: float, units: int) -> None:
+    def __init__(self, study: Study, features: Features, *, sigma: float, units: float) -> None:
         self.study = study
         self.features = features
         self.sigma = sigma
@@ -138,9 +174,14 @@ class Trainer:
             mechanism.grid(study.privacy.clip_norm, sigma, dimension)
             if len(features) > mechanism.MAX_UNITS:
                 raise ValueError(f"expected at most {mechanism.MAX_UNITS} units")
+        self._used = _usable(features)
+        if spoilt := int((~self._used).sum()):
+            log.warning("%d units count for nothing: features not finite or too large", spoilt)
         self._source: NoiseSource | None = None
-        head = heads.module(study.head, self.dim, len(study.task.labels), self._keep)
+        labels = len(study.task.labels)
+        head = heads.module(study.head, self.dim, labels, self._keep, rowwise=study.private)
         self.head = _per_unit(head) if study.private else head
+        self._at_once = self._units_at_once(head)
 
     @property
     def dim(self) -> int:
@@ -164,13 +205,13 @@ class Trainer:
         optimizer = self._optimizer(rate, source)
         training = self.study.training
         if training.sample_rate is None:
-            self._accumulate(optimizer, torch.arange(len(self.features)))
+            self._accumulate(optimizer, self._used.nonzero().flatten())
             optimizer.pre_step()
             result = {name: _array(p.grad) for name, p in self._parameters()}
         else:
             for _ in range(training.local_steps):
                 taken = source.bernoulli(len(self.features), training.sample_rate)
-                self._accumulate(optimizer, taken.nonzero().flatten())
+                self._accumulate(optimizer, (taken & self._used).nonzero().flatten())
                 optimizer.step()
             result = {name: _array(p) - start[name] for name, p in self._parameters()}
         optimizer.zero_grad(set_to_none=True)
@@ -190,24 +231,64 @@ class Trainer:
         clip = self.study.privacy.clip_norm
         return PrivateOptimizer(sgd, self.sigma, clip, self.normaliser, source)
 
+    def _units_at_once(self, head: torch.nn.Module) -> int:
+        parameters = sum(parameter.numel() for parameter in head.parameters())
+        instances = min(PHYSICAL_INSTANCES, PHYSICAL_NUMBERS // parameters)
+        return max(1, instances // self.features.mask.shape[1])
+
     def _accumulate(self, optimizer: PrivateOptimizer | PlainOptimizer, taken: Tensor) -> None:
         """Leave the sum of the taken units' (clipped) gradients with the optimiser."""
         optimizer.zero_grad(set_to_none=True)
         features = self.features
-        for part in torch.split(taken, PHYSICAL_UNITS):
+        for part in torch.split(taken, self._at_once):
             # Opacus' hooks warn unless the input asks for a gradient.
             values = features.values[part].to(torch.float64).requires_grad_(self.study.private)
-            losses = unit_losses(
-                self.study.task.type,
-                self.head(values),
-                features.targets[part],
-                features.mask[part],
-            )
+            outputs = self.head(values)
+            task, targets, mask = self.study.task.type, features.targets[part], features.mask[part]
+            losses = _losses(task, outputs, targets, mask)
             losses.sum().backward()  # type: ignore[no-untyped-call]
             optimizer.clip_and_accumulate()
 
     def _parameters(self) -> list[tuple[str, Any]]:
         return [(n.removeprefix("_module."), p) for n, p in self.head.named_parameters()]
+
+
+def _usable(features: Features) -> Tensor:
+    """Tell which units hold nothing but numbers of a size to compute with, bool `(units,)`."""
+    largest = features.values.abs().amax(dim=2)
+    # Written so that NaN fails; what a masked instance holds makes no difference.
+    return ((largest <= LARGEST) | ~features.mask).all(dim=1)
+
+
+def _losses(task: TaskType, outputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Return each unit's loss, `(units,)`, whose gradient is the unit's own to the last bit.
+
+    Torch's sigmoid has one formula for whole vectors of numbers and one for what is left of the
+    batch. Its softmax has one for all, and a sigmoid is a softmax over zero and a number.
+    """
+    if task == "multilabel":
+        outputs = torch.stack([torch.zeros_like(outputs), outputs], dim=-1).flatten(1, 2)
+        mask = mask.repeat_interleave(targets.shape[2], dim=1)
+        targets = targets.long().flatten(1)
+    return unit_losses("classification", outputs, targets, mask)
+
+
+@register_grad_sampler(RowLinear)  # type: ignore[untyped-decorator]
+def _unit_gradients(
+    layer: RowLinear, activations: list[Tensor], backprops: Tensor
+) -> dict[Tensor, Tensor]:
+    """Return each unit's gradient: the sum over its instances, in their order.
+
+    Args:
+        activations: the layer's inputs, one tensor `(units, instances, inputs)`.
+        backprops: gradient by its outputs, `(units, instances, outputs)`.
+    """
+    column, row = backprops.unsqueeze(3), activations[0].unsqueeze(2)
+    weight, bias = column[:, 0] * row[:, 0], backprops[:, 0].clone()
+    for instance in range(1, backprops.shape[1]):
+        weight += column[:, instance] * row[:, instance]
+        bias += backprops[:, instance]
+    return {layer.weight: weight, layer.bias: bias}
 
 
 def _per_unit(head: torch.nn.Module) -> torch.nn.Module:

@@ -6,8 +6,8 @@ reason goes to the site's own log.
 """
 
 import logging
+import threading
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
@@ -15,14 +15,14 @@ from veilgraft import messages
 from veilgraft.errors import MessageError, Refusal, RefusedError
 from veilgraft.messages import Envelope, Hello, Here, Refused, Release, Request
 from veilgraft.model import head as heads
-from veilgraft.model.features import Features
+from veilgraft.model.features import Cohort
 from veilgraft.plan import plan
 from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
-from veilgraft_client import policy
-from veilgraft_client.ledger import Key, Ledger
+from veilgraft_client import evaluation, policy
+from veilgraft_client.ledger import Key, Ledger, Terms
 from veilgraft_client.policy import Site
-from veilgraft_client.training import Trainer
+from veilgraft_client.training import LARGEST, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,10 @@ HELLO = b'{"kind":"hello"'
 class Vault:
     """One site's records, features, noise and ledger behind one method.
 
+    Threads may share it: it answers one request at a time.
+
     Args:
-        features: the site's features for a study, computed or found when first needed.
+        cohort: the site's features for a study, computed or found when first needed.
         seed: makes noise reproducible and the run not private; refused where the site's file
             does not say `data_is_public`.
     """
@@ -42,15 +44,17 @@ class Vault:
         self,
         site: Site,
         ledger: Ledger,
-        features: Callable[[Study], Features],
+        cohort: Callable[[Study], Cohort],
         *,
         seed: int | None = None,
     ) -> None:
         self.site = site
         self.ledger = ledger
-        self._features = features
+        self._cohort = cohort
         self._seed = seed
+        self._lock = threading.Lock()
         self._approved: dict[str, Study] = {}
+        self._cohorts: dict[str, Cohort] = {}
         self._trainers: dict[str, Trainer] = {}
 
     def approve(self, study: Study) -> None:
@@ -59,9 +63,12 @@ class Vault:
         policy.check_study(self.site, study, planned, seeded=self._seed is not None)
         if self._seed is not None:
             # Noise that can be drawn again protects nobody, and the ledger must say so.
-            planned = replace(planned, update=None)
-        limit = self.site.limits.max_epsilon if planned.update else float("inf")
-        self.ledger.grant(self.site.site, study.digest, planned, max_epsilon=limit)
+            planned = planned.without_bound()
+        limits = self.site.limits
+        cap = limits.max_epsilon if planned.update else None
+        terms = Terms(cap, limits.delta, self.site.held_out, self.site.unit(study))
+        own = self.site
+        self.ledger.grant(own.site, study.digest, planned, terms, units=own.units)
         self._approved[study.digest] = study
 
     def handle(self, envelope: Envelope) -> Envelope:
@@ -70,7 +77,8 @@ class Vault:
             if envelope.header.startswith(HELLO):
                 Hello.decode(envelope.header)
                 return Envelope(Here(site=self.site.site).encode())
-            return self._release(envelope)
+            with self._lock:
+                return self._release(envelope)
         except RefusedError as refusal:
             log.warning("refused: %s", refusal.detail)
             code = refusal.code
@@ -92,9 +100,9 @@ class Vault:
                 Refusal.STUDY_NOT_APPROVED, f"{self.site.site}: {request.study} is not approved"
             )
         policy.check_request(self.site, study, request)
-        trainer = self._trainer(study)
-        head = self._head(study, trainer, request, envelope.payload)
-        payload = self._paid(study, trainer, request, head)
+        self._open(study)
+        head = self._head(study, request, envelope.payload)
+        payload = self._paid(study, request, head)
         release = Release(
             site=self.site.site,
             request=messages.digest(envelope.header),
@@ -102,42 +110,64 @@ class Vault:
         )
         return Envelope(release.encode(), payload)
 
-    def _trainer(self, study: Study) -> Trainer:
+    def _open(self, study: Study) -> None:
+        """Have features and trainer at hand, so that what is paid for can be computed."""
+        if study.digest not in self._cohorts:
+            self._cohorts[study.digest] = self._cohort(study)
         if study.digest not in self._trainers:
-            sigma = plan(study).sigma
             self._trainers[study.digest] = Trainer(
-                study, self._features(study), sigma=sigma, units=self.site.units
+                study,
+                self._cohorts[study.digest].training,
+                sigma=plan(study).sigma,
+                units=max(1.0, self.site.units * (1 - self.site.held_out)),
             )
-        return self._trainers[study.digest]
 
-    def _head(
-        self, study: Study, trainer: Trainer, request: Request, payload: bytes
-    ) -> heads.Arrays:
+    def _head(self, study: Study, request: Request, payload: bytes) -> heads.Arrays:
         if messages.digest(payload) != request.head:
             raise RefusedError(Refusal.HEAD_INVALID, "the head is not the one that the header pins")
-        shapes = heads.shapes(study.head, trainer.dim, len(study.task.labels))
+        if request.kind == "label-counts":
+            shapes = {}
+        else:
+            dim = self._cohorts[study.digest].dim
+            shapes = heads.shapes(study.head, dim, len(study.task.labels))
         try:
-            return messages.unpack(payload, shapes)
+            head = messages.unpack(payload, shapes)
         except MessageError as error:
             raise RefusedError(Refusal.HEAD_INVALID, f"{self.site.site}: head: {error}") from None
+        if any((np.abs(array) > LARGEST).any() for array in head.values()):
+            raise RefusedError(Refusal.HEAD_INVALID, f"{self.site.site}: head: above {LARGEST:g}")
+        return head
 
-    def _paid(self, study: Study, trainer: Trainer, request: Request, head: heads.Arrays) -> bytes:
-        key = Key(self.site.site, study.digest, request.round, request.head)
+    def _paid(self, study: Study, request: Request, head: heads.Arrays) -> bytes:
+        key = Key(self.site.site, study.digest, request.round, request.head, request.kind)
         reserved = self.ledger.reserve(key)
         if isinstance(reserved, bytes):
             return reserved
         try:
-            with self._noise(study, request.round) as source:
-                update = trainer.update(head, request.rate, source)
+            with self._noise(study, request) as source:
+                released = self._computed(study, request, head, source)
         except BaseException:
             # Opacus' hooks may be left in the middle of a step; a new trainer starts clean.
             self._trainers.pop(study.digest, None)
             raise
-        if not all(np.isfinite(array).all() for array in update.values()):
+        if not all(np.isfinite(array).all() for array in released.values()):
             raise ValueError("a release must be finite")
-        return self.ledger.commit(reserved, messages.pack(update))
+        return self.ledger.commit(reserved, messages.pack(released))
 
-    def _noise(self, study: Study, round_: int) -> NoiseSource:
+    def _computed(
+        self, study: Study, request: Request, head: heads.Arrays, source: NoiseSource
+    ) -> heads.Arrays:
+        cohort = self._cohorts[study.digest]
+        match request.kind:
+            case "update":
+                return self._trainers[study.digest].update(head, request.rate, source)
+            case "evaluation":
+                return evaluation.evaluate(study, head, cohort.held_out, source)
+            case "label-counts":
+                return evaluation.count_labels(study, cohort.whole, source)
+
+    def _noise(self, study: Study, request: Request) -> NoiseSource:
         if self._seed is None:
             return NoiseSource.fresh()
-        return NoiseSource.seeded(self._seed, study.digest, self.site.site, round_)
+        site, kind = self.site.site, request.kind
+        return NoiseSource.seeded(self._seed, study.digest, site, kind, request.round)

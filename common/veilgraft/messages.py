@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
-from pydantic import NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 
 from veilgraft.config import Config
 from veilgraft.errors import MessageError, Refusal
-from veilgraft.study import Digest, Name
+from veilgraft.study import Digest, Kind, Name
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
@@ -79,19 +79,23 @@ class Request(Header):
     """The coordinator asks a site for one release.
 
     Attributes:
-        head: digest of the payload, the head from which the site starts.
-        rate: the round's learning rate; it does not bear on privacy.
+        kind: what is asked for.
+        round: of an update, from 1; of an evaluation, that after which it takes place; 0 before
+            the first.
+        head: digest of the payload, the head that the site starts from or evaluates; label counts
+            need none, and the payload is empty.
+        rate: an update's learning rate; it does not bear on privacy.
         run, attempt: for logs; no part of a release's key.
     """
 
-    kind: Literal["update"] = "update"
+    kind: Kind = "update"
     site: Name
     study: Digest
     run: Name
-    round: PositiveInt
+    round: NonNegativeInt
     attempt: PositiveInt = 1
     head: Digest
-    rate: NonNegativeFloat
+    rate: NonNegativeFloat = 0.0
 
 
 class Release(Header):

@@ -26,8 +26,18 @@ from veilgraft.config import Config, RelativePath, sha256_of
 FORMAT = 1
 """Version of the canonical form; a change of meaning raises it and so changes every digest."""
 
+MAX_UNITS = 2**20
+"""Units that one site may declare."""
+
+RECORD = "record"
+"""The unit of a study that protects records."""
+
+Kind = Literal["update", "evaluation", "label-counts"]
+"""What a site may release."""
+
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+NoiseMultiplier = Annotated[float, Field(ge=1e-3, le=1e5)]
 
 
 def _text(value: object) -> object:
@@ -40,6 +50,10 @@ def _listed(value: object) -> object:
 
 def _none_for_equal(value: object) -> object:
     return {} if value == "equal" else value
+
+
+def _other(key: str) -> str:
+    return "epsilon" if key == "share" else "noise_multiplier"
 
 
 def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -63,6 +77,8 @@ class DataSource(Config):
         format: told from the path unless given.
         input: the column that holds the text or the image's bytes.
         label: the column that holds the label, by name or by integer.
+        unit: the column of the protected unit where it is not named as in the study.
+        unit_type: how ids are compared: as text, or as whole numbers, so that 001 and 1 are one.
         separator: between several labels in one cell of a multi-label task.
         on_bad_record: whether a row that can't be read stops the load or is left out.
     """
@@ -72,6 +88,8 @@ class DataSource(Config):
     format: Literal["csv", "jsonl", "parquet", "images"] | None = None
     input: str | None = None
     label: str = "label"
+    unit: str | None = None
+    unit_type: Literal["text", "integer"] = "text"
     separator: Annotated[str, StringConstraints(min_length=1)] = ";"
     on_bad_record: Literal["fail", "skip"] = "fail"
 
@@ -146,17 +164,35 @@ class Privacy(Config):
     ε follows) is given, and neither where the algorithm is `none`.
 
     Attributes:
-        unit: what is protected: a record. Rows of one person are not yet grouped, so a study
-            that needs that can't be written.
-        epsilon: the study's ε at `delta`, add/remove one unit, over all rounds.
+        unit: what is protected: a `record`, or all rows that have one value in the column of this
+            name, a person.
+        max_instances: of a person's rows, at most so many are used; 1 for records.
+        epsilon: the study's ε at `delta`, add/remove one unit, over all that it releases.
         clip_norm: L2 bound on one unit's gradient.
     """
 
-    unit: Literal["record"] = "record"
+    unit: Annotated[str, StringConstraints(min_length=1, max_length=200)] = RECORD
+    max_instances: Annotated[int, Field(gt=0, le=4096)] = 1
     epsilon: PositiveFloat | None = None
-    noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e5)] | None = None
+    noise_multiplier: NoiseMultiplier | None = None
     delta: Annotated[float, Field(gt=0, lt=1e-3)] = 1e-5
     clip_norm: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0
+
+    @model_validator(mode="after")
+    def _instances_suit_unit(self) -> Self:
+        if self.unit == RECORD and self.max_instances != 1:
+            raise ValueError("expected max_instances 1 for unit record, which is one row")
+        if self.unit != RECORD and "max_instances" not in self.model_fields_set:
+            raise ValueError(
+                f"expected max_instances beside unit {self.unit}: of a unit's rows, how many are "
+                "used at most"
+            )
+        return self
+
+    @property
+    def column(self) -> str | None:
+        """The column whose values name the units; None where each record is one."""
+        return None if self.unit == RECORD else self.unit
 
 
 class Training(Config):
@@ -167,7 +203,7 @@ class Training(Config):
             round, momentum at the coordinator, the last half of the iterates averaged) or
             `none`: either of them, neither clipped nor noised, so not private.
         rounds: planned; the plan is what is paid for.
-        schedule: of the learning rate over the rounds; `plateau` halves it when the public
+        schedule: of the learning rate over the rounds; `plateau` halves it when the shown
             accuracy has not risen for `patience` rounds.
         sample_rate: probability with which a local step takes a unit; makes the algorithm take
             local steps.
@@ -233,16 +269,52 @@ class Aggregation(Config):
     max_update_norm: PositiveFloat | None = None
 
 
-class Evaluation(Config):
-    """What the coordinator measures: accuracy and loss on public records.
+class Measurement(Config):
+    """Something that sites count and release with noise, inside the study's ε.
 
     Attributes:
-        data: the records.
+        share: of the study's ε, what all these releases would cost if they were all there is; for
+            a study that names its ε.
+        noise_multiplier: for a study that names its noise.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    noise_multiplier: NoiseMultiplier | None = None
+
+    @model_validator(mode="after")
+    def _noise_is_named_once(self) -> Self:
+        if (self.share is None) == (self.noise_multiplier is None):
+            raise ValueError("expected exactly one of share and noise_multiplier")
+        return self
+
+
+class PrivateEvaluation(Measurement):
+    """Accuracy and loss on units that each site holds out for life.
+
+    Attributes:
+        every: so many rounds, and after the last.
+        loss_bound: a public constant; a unit's mean loss, in nats, counts for so much at most.
+    """
+
+    every: PositiveInt = 5
+    loss_bound: PositiveFloat = 4.0
+
+
+class Evaluation(Config):
+    """What the coordinator learns of a head beside the updates.
+
+    Attributes:
+        data: public records, on which it measures accuracy and loss itself.
         data_is_public: the user's word for it; without noise, the figures tell of each record.
+        private: accuracy and loss at the sites, noised, in the place of public records.
+        label_counts: how many units of each label a site has, noised, once, before the first
+            round.
     """
 
     data: DataSource | None = None
     data_is_public: StrictBool = False
+    private: PrivateEvaluation | None = None
+    label_counts: Measurement | None = None
 
     @model_validator(mode="after")
     def _data_are_public(self) -> Self:
@@ -250,6 +322,8 @@ class Evaluation(Config):
             raise ValueError(
                 "expected data_is_public: true beside data; accuracy on them is shown un-noised"
             )
+        if self.data is not None and self.private is not None:
+            raise ValueError("expected data or private, not both: one accuracy is shown")
         return self
 
 
@@ -280,15 +354,21 @@ class Simulation(Config):
         data: one source, which the simulation splits over `sites` sites, or a list of sources,
             one for each site.
         data_is_public: the user's word that nobody's privacy is at stake in these records.
-        holdout: records kept apart for evaluation before the split, a count or a share, where
-            the study names no public evaluation data.
+        units: the size that each site declares; needed, and a round number, where the data are
+            not public, for a measured size is a release. Else the split's own.
+        max_epsilon: what each simulated site allows over the life of its ledger; by default the
+            study's own ε. For data not public, the first run fixes it.
+        holdout: units kept apart for evaluation: a count or a share of public data before the
+            split; a share of each site's for `evaluation.private`, and of data not public.
         grid: the values over which a sweep and every comparison are tuned.
     """
 
     data: Annotated[tuple[DataSource, ...], BeforeValidator(_listed)] = ()
     data_is_public: StrictBool = False
+    units: Annotated[int, Field(gt=0, le=MAX_UNITS)] | None = None
+    max_epsilon: PositiveFloat | None = None
     sites: PositiveInt = 10
-    holdout: Annotated[float, Field(gt=0)] = 0.2
+    holdout: Annotated[float, Field(ge=0)] = 0.2
     partition: Partition = Partition()
     grid: dict[Literal["learning_rate", "rounds"], tuple[PositiveFloat, ...]] = Field(
         default_factory=dict
@@ -325,6 +405,28 @@ class Study(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _measurements_fit_the_budget(self) -> Self:
+        if not self.private:
+            return self
+        measured = {
+            f"evaluation.{name}": each
+            for name in ("private", "label_counts")
+            if (each := getattr(self.evaluation, name)) is not None
+        }
+        if self.training.sampled and self.privacy.delta < 1e-9:
+            raise ValueError(
+                "privacy.delta: expected at least 1e-09 where training.sample_rate is given, got "
+                f"{self.privacy.delta:g}"
+            )
+        key = "noise_multiplier" if self.privacy.epsilon is None else "share"
+        for name, each in measured.items():
+            if getattr(each, key) is None:
+                raise ValueError(f"{name}: expected {key}, as privacy is given by {_other(key)}")
+        if sum(each.share or 0.0 for each in measured.values()) >= 1:
+            raise ValueError("expected shares under evaluation that leave something to training")
+        return self
+
     @property
     def private(self) -> bool:
         """Whether the algorithm clips and noises."""
@@ -336,7 +438,7 @@ class Study(Config):
         local: dict[str, Any] = {
             "simulation": True,
             "backbone": {"path"},
-            "evaluation": True,
+            "evaluation": {"data", "data_is_public"},
         }
         return {"format": FORMAT, **self.model_dump(mode="json", exclude=local)}
 
@@ -344,6 +446,17 @@ class Study(Config):
     def digest(self) -> str:
         """`sha256:` and the hex SHA-256 of the canonical form."""
         return "sha256:" + sha256_of(self.canonical)
+
+    @property
+    def evaluated(self) -> tuple[int, ...]:
+        """The rounds after which sites evaluate, privately."""
+        private, last = self.evaluation.private, self.training.rounds
+        if private is None:
+            return ()
+        return (*range(private.every, last, private.every), last)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     def learning_rate(self, round_: int) -> float:
         """Return the scheduled rate of a round (from 1); `plateau` starts as constant."""

@@ -34,14 +34,17 @@ app = typer.Typer(
 study_app = typer.Typer(help="Write, check and describe study files.", no_args_is_help=True)
 backbone_app = typer.Typer(help="Prepare and verify backbones.", no_args_is_help=True)
 ledger_app = typer.Typer(help="Look into a site's privacy ledger.", no_args_is_help=True)
+site_app = typer.Typer(help="What a site needs.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
 app.add_typer(backbone_app, name="backbone")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(site_app, name="site")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 OutFolder = Annotated[Path, typer.Option("--out", help="The run folder.")]
 StateFolder = Annotated[
-    Path | None, typer.Option("--state", help="Folder for features; OUT/state by default.")
+    Path | None,
+    typer.Option("--state", help="Folder for features, and a private ledger."),
 ]
 EngineName = Annotated[Literal["inprocess", "ray"], typer.Option(help="What carries messages.")]
 Seed = Annotated[
@@ -185,13 +188,16 @@ def study_init(
     backbone: Annotated[Path, typer.Option(help="The backbone's folder.")],
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("study.yaml"),
     name: Annotated[str, typer.Option(help="The study's name.")] = "my-study",
+    units: Annotated[
+        int | None, typer.Option(help="A round size for each site to declare.", min=1)
+    ] = None,
 ) -> None:
     """Write a commented study file from a look at a data path."""
     from veilgraft_deploy.draft import draft
 
     if out.exists():
         raise InputError(f"{out}: exists already; name another file with --out")
-    text = draft(data, backbone, name, out.parent)
+    text = draft(data, backbone, name, out, units)
     out.write_text(text, encoding="utf-8")
     typer.echo(f"wrote {out}; look it over, then: veilgraft study check {out}")
 
@@ -211,7 +217,8 @@ def study_check(study: Path, as_json: AsJson = False) -> None:
         "epsilon": planned.epsilon(),
         "epsilon_replace_one": planned.epsilon(replace_one=True),
         "delta": planned.delta if checked.private else None,
-        "rounds": planned.rounds,
+        "epsilon_rdp": planned.rdp_epsilon(),
+        "releases": {kind: count for kind, (count, _) in planned.releases.items()},
     }
     _print_facts(facts, as_json)
 
@@ -272,12 +279,45 @@ def ledger_show(ledger: Path, as_json: AsJson = False) -> None:
 
 
 @ledger_app.command("verify")
-def ledger_verify(ledger: Path, as_json: AsJson = False) -> None:
-    """Check a ledger's chain and every stored release."""
+def ledger_verify(
+    ledger: Path,
+    anchor: Annotated[
+        str | None, typer.Option(help="What `ledger anchor` printed earlier, or a file of it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a ledger's chain, every stored release, and that nothing was rolled back."""
+    from veilgraft_deploy.books import anchored, opened
+
+    with opened(ledger) as book:
+        known = None if anchor is None else anchored(anchor)
+        _print_facts({"entries": book.verify(known), "head": book.head()}, as_json)
+
+
+@ledger_app.command("anchor")
+def ledger_anchor(ledger: Path) -> None:
+    """Print the chain's head; keep it elsewhere, to notice a ledger that was rolled back."""
     from veilgraft_deploy.books import opened
 
     with opened(ledger) as book:
-        _print_facts({"entries": book.verify(), "head": book.head()}, as_json)
+        book.verify()
+        typer.echo(book.head())
+
+
+@site_app.command("check")
+def site_check(
+    site: Annotated[Path, typer.Argument(help="The site's own file.")],
+    study: Annotated[Path, typer.Option(help="The study file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Read a site's records and say what a study would cost it; for the site's eyes only."""
+    from veilgraft_client.policy import Site
+    from veilgraft_deploy.progress import Live
+    from veilgraft_deploy.site import check
+
+    with Live(Console(stderr=True)) as live:
+        facts = check(Site.read(site), _study(study), live)
+    _print_facts(facts, as_json)
 
 
 def _study(path: Path) -> "Study":
@@ -325,5 +365,18 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     for key, value in facts.items():
-        shown = f"{value:.4f}" if isinstance(value, float) and value > 1e-3 else value
-        typer.echo(f"{key}: {'none' if shown is None else shown}")
+        typer.echo(f"{key}: {_plain(value)}")
+
+
+def _plain(value: object) -> str:
+    match value:
+        case None | () | []:
+            return "none"
+        case float() if value > 1e-3:
+            return f"{value:.4f}"
+        case dict():
+            return ", ".join(f"{name} {_plain(each)}" for name, each in value.items())
+        case list() | tuple():
+            return ", ".join(map(_plain, value))
+        case _:
+            return str(value)

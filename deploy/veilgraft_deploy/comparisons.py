@@ -51,7 +51,7 @@ def _point(
     out = folder / point
     label = name.replace("_", " ")
     here = replace(run, study=study, out=out, label=label, engine="inprocess")
-    _, history = federate(here, population.under(study))
+    history = federate(here, population.under(study)).history
     return {
         "learning_rate": training.learning_rate,
         "rounds": training.rounds,

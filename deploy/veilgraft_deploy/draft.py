@@ -7,6 +7,7 @@ import yaml
 
 from veilgraft.errors import InputError
 from veilgraft.model import backbone as backbones
+from veilgraft.study import Study
 from veilgraft_client import dataset
 
 _TEMPLATE = """\
@@ -29,8 +30,9 @@ head:
   type: linear                 # or mlp, with hidden: [64]
 
 privacy:
-  unit: record                 # what is protected
-  epsilon: 3.0                 # of each unit, over all rounds together; 8 is weak, 1 is strong
+  unit: record                 # what is protected; or a column that names a person, and with it
+                               # max_instances: of a person's rows, so many are used at most
+  epsilon: 3.0                 # of each unit, over all it releases; 8 is weak, 1 is strong
   delta: 1e-5                  # well below one over the number of units
   clip_norm: 1.0               # bound on what one unit can change
 
@@ -49,23 +51,30 @@ aggregation:
 # evaluation:
 #   data: {{path: public-test.csv}}   # records on which accuracy may be shown as it is
 #   data_is_public: true
+#   private: {{share: 0.1, every: 10}}   # or: sites evaluate on units of their own that they hold
+#                                      # out for life, with noise, for a share of epsilon
 
 simulation:                    # for veilgraft simulate; not part of the contract
   data:
 {data}
   data_is_public: false        # true only where nobody's privacy is at stake: shows accuracies
   sites: 10
+{units:<30} # needed where not public: the size each site declares, round, no count
   holdout: 0.2
   partition: {{by: iid}}         # or {{by: dirichlet, alpha: 0.5}}, {{by: column, column: x}}
 """
 
 
-def draft(data: Path, backbone: Path, name: str, beside: Path) -> str:
-    """Return the text of a study file that is to lie in the folder `beside`.
+def draft(data: Path, backbone: Path, name: str, out: Path, units: int | None) -> str:
+    """Return the text of a study file that is to be written to `out`.
+
+    The size that a site declares is a person's to give: one that is measured would be a release.
 
     Raises:
-        InputError: the data or the backbone can't be looked at, or no labels were found.
+        InputError: the data or the backbone can't be looked at, no labels were found, or a study
+            can't have that name.
     """
+    beside = out.parent
     seen = dataset.describe(data)
     modality = backbones.modality(backbone)
     if seen.modality != modality:
@@ -81,8 +90,9 @@ def draft(data: Path, backbone: Path, name: str, beside: Path) -> str:
         source = {"path": source["path"]}
     text = modality == "text"
     statistics = (backbone / backbones.STATISTICS).exists()
-    return _TEMPLATE.format(
-        file="study.yaml",
+    text_of_file = _TEMPLATE.format(
+        units=f"  units: {units}" if units else "  # units: 40",
+        file=out.name,
         name=name,
         purpose=_yaml(f"Tell {len(seen.labels)} labels of {modality}s apart."),
         labels=_yaml(list(seen.labels)),
@@ -93,6 +103,9 @@ def draft(data: Path, backbone: Path, name: str, beside: Path) -> str:
         reading="  max_length: 128              # tokens; longer texts are cut\n" if text else "",
         data="\n".join(f"    {key}: {_yaml(value)}" for key, value in source.items()),
     )
+    # What is written here must be what `study check` takes.
+    Study.parse(yaml.safe_load(text_of_file), name=str(out))
+    return text_of_file
 
 
 def _relative(path: Path, beside: Path) -> str:

@@ -4,12 +4,14 @@
 cores or a cluster. Both run the same messages through the same code.
 """
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,15 +28,15 @@ from veilgraft.model.head import Arrays
 from veilgraft.model.score import Score
 from veilgraft.study import Study
 from veilgraft_client.app import client_app
-from veilgraft_client.ledger import Ledger, LedgerError
+from veilgraft_client.chain import ChainError
+from veilgraft_client.ledger import Ledger
 from veilgraft_client.vault import Vault
 from veilgraft_deploy.inprocess import InProcessGrid
 from veilgraft_deploy.population import Population
 from veilgraft_deploy.progress import Silent, Watcher, noted
 from veilgraft_server import checkpoint
 from veilgraft_server.app import Job, server_app
-from veilgraft_server.checkpoint import Round
-from veilgraft_server.rounds import State
+from veilgraft_server.checkpoint import Progress, Round
 
 Engine = Literal["inprocess", "ray"]
 
@@ -61,8 +63,12 @@ class Run:
 
     @property
     def ledger(self) -> Path:
-        """All simulated sites' ledgers, one file."""
-        return self.out / "ledger.db"
+        """All simulated sites' ledgers, one file.
+
+        That of private records lies with what else is kept of them, and outlives the run.
+        """
+        public = self.study.simulation.data_is_public
+        return (self.out if public else self.state) / "ledger.db"
 
     @property
     def checkpoint(self) -> Path:
@@ -70,7 +76,7 @@ class Run:
         return self.out / "checkpoint.safetensors"
 
 
-def federate(run: Run, population: Population) -> tuple[State, tuple[Round, ...]]:
+def federate(run: Run, population: Population) -> Progress:
     """Run all rounds that the run's checkpoint does not hold; return where they led.
 
     Raises:
@@ -84,7 +90,8 @@ def federate(run: Run, population: Population) -> tuple[State, tuple[Round, ...]
         run=secrets.token_hex(8),
         dim=population.dim,
         checkpoint=run.checkpoint,
-        generator=np.random.default_rng(run.seed),
+        # Public, and the same at each start: else sites would be asked for one round twice.
+        generator=np.random.default_rng(list(run.study.digest.encode())),
         evaluate=_evaluator(run.study, population),
         tell=lambda round_: run.watcher.step(run.label, round_.round, rounds, noted(round_)),
     )
@@ -94,20 +101,28 @@ def federate(run: Run, population: Population) -> tuple[State, tuple[Round, ...]
 
 
 def _check_ledger(run: Run, population: Population) -> None:
-    """Raise `LedgerError` unless every round that the checkpoint holds was paid for."""
+    """Raise `ChainError` unless the chain fits and holds all that the checkpoint does."""
+    if run.ledger.exists():
+        with contextlib.closing(Ledger(run.ledger)) as ledger:
+            ledger.verify()
     if not run.checkpoint.exists():
         return
-    state, _ = checkpoint.load(run.checkpoint, run.study.digest)
-    if state.round == 0:
-        return
-    ledger = Ledger(run.ledger, exists=True)
-    ledger.verify()
-    paid = min(len(ledger.events(site.site, run.study.digest)) for site in population.sites)
-    ledger.close()
-    if paid < state.round:
-        raise LedgerError(
-            f"{run.ledger}: holds {paid} rounds, and the checkpoint {state.round}; entries are lost"
-        )
+    history = checkpoint.load(run.checkpoint, run.study.digest).history
+    if history:
+        with contextlib.closing(Ledger(run.ledger, exists=True)) as ledger:
+            _check_paid(run, ledger, population, history)
+
+
+def _check_paid(run: Run, ledger: Ledger, population: Population, history: Sequence[Round]) -> None:
+    dropped = Counter(drop.site for round_ in history for drop in round_.drops)
+    for site in population.sites:
+        paid = ledger.paid(site.site, run.study.digest)
+        released = len(history) - dropped[site.site]
+        if paid < released:
+            raise ChainError(
+                f"{run.ledger}: holds {paid} rounds of {site.site}, and the checkpoint "
+                f"{released}; entries are lost"
+            )
 
 
 def _in_process(run: Run, server: ServerApp, population: Population) -> None:
@@ -143,11 +158,15 @@ def _ray(run: Run, server: ServerApp, population: Population) -> None:
         for index in range(len(population.sites)):
             _vault(run, ledger, population, index).approve(run.study)
     ledger.close()
-    shared = run.state / "population.safetensors"
+    shared = run.state.resolve() / f"population-{secrets.token_hex(8)}.safetensors"
     population.save(shared)
     study = run.study.model_dump(mode="json")
     # Workers start in another folder.
-    places = {"out": str(run.out.resolve()), "state": str(run.state.resolve())}
+    places = {
+        "out": str(run.out.resolve()),
+        "population": str(shared),
+        "state": str(run.state.resolve()),
+    }
     facts = {**places, "seed": run.seed, "study": study}
     logging.getLogger("flwr").setLevel(logging.ERROR)
     init = {"include_dashboard": False, "log_to_driver": False}
@@ -189,13 +208,13 @@ def _shared(facts: str) -> tuple[Run, Ledger, Population]:
     values = json.loads(facts)
     study = Study.parse(values["study"], name="study")
     run = Run(study, Path(values["out"]), Path(values["state"]), engine="ray", seed=values["seed"])
-    population = Population.load(run.state / "population.safetensors")
+    population = Population.load(Path(values["population"]))
     return run, Ledger(run.ledger), population
 
 
 def _vault(run: Run, ledger: Ledger, population: Population, index: int) -> Vault:
-    features = population.of(index)
-    return Vault(population.sites[index], ledger, lambda _: features, seed=run.seed)
+    cohort = population.of(index)
+    return Vault(population.sites[index], ledger, lambda _: cohort, seed=run.seed)
 
 
 def _evaluator(study: Study, population: Population) -> Callable[[Arrays], Score | None]:

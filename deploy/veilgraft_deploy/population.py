@@ -6,8 +6,7 @@ of it and a thousand sites cost no more memory than their records.
 
 import json
 import re
-import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,14 @@ from safetensors.torch import save_file
 
 from veilgraft.errors import InputError
 from veilgraft.model import features as contract
-from veilgraft.model.features import Features
-from veilgraft.plan import plan
-from veilgraft.study import DataSource, Partition, Simulation, Study
-from veilgraft_client.dataset import Records
-from veilgraft_client.policy import Limits, Site
-
-Rows = npt.NDArray[np.int64]
+from veilgraft.model.features import Cohort, Features
+from veilgraft.study import DataSource, Study
+from veilgraft_client import units
+from veilgraft_client.policy import Site
+from veilgraft_deploy.custody import Custody, declared
+from veilgraft_deploy.partition import Rows, Split, Units
 
 _FIELDS = ("values", "mask", "targets")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rows of one data set: each site's, and those held out for evaluation."""
-
-    sites: tuple[Rows, ...]
-    held_out: Rows
 
 
 @dataclass(frozen=True)
@@ -43,12 +33,14 @@ class Population:
     """Features of every site, and of the public records that score a head.
 
     Attributes:
-        features: all sites' units, site after site; `bounds[i]` to `bounds[i + 1]` is site i's.
-        sites: each site's own file; a simulated one's holds the study's ε as its cap.
+        features: all sites' units, site after site; `bounds[i]` to `bounds[i + 1]` is site i's,
+            from `cuts[i]` on what it holds out.
+        sites: each site's own file.
     """
 
     features: Features
     bounds: tuple[int, ...]
+    cuts: tuple[int, ...]
     sites: tuple[Site, ...]
     test: Features | None
 
@@ -57,75 +49,54 @@ class Population:
         """Features per instance."""
         return self.features.values.shape[-1]
 
-    def of(self, index: int) -> Features:
-        """Return a view of one site's features."""
-        return self.features.select(slice(self.bounds[index], self.bounds[index + 1]))
+    def of(self, index: int) -> Cohort:
+        """Return views of one site's features."""
+        start, cut, end = self.bounds[index], self.cuts[index], self.bounds[index + 1]
+        select = self.features.select
+        return Cohort(select(slice(start, cut)), select(slice(cut, end)))
 
     def first(self) -> "Population":
         """Return the population of the first site alone."""
-        return Population(self.of(0), self.bounds[:2], self.sites[:1], self.test)
+        features = self.features.select(slice(self.bounds[0], self.bounds[1]))
+        return Population(features, self.bounds[:2], self.cuts[:1], self.sites[:1], self.test)
 
     def tested_on(self, test: Features) -> "Population":
         """Return the same sites with other public records."""
-        return Population(self.features, self.bounds, self.sites, test)
+        return replace(self, test=test)
 
     def under(self, study: Study) -> "Population":
         """Return the same population with sites whose caps suit another study."""
-        sites = tuple(site.model_copy(update={"limits": limits(study)}) for site in self.sites)
-        return Population(self.features, self.bounds, sites, self.test)
+        limits = declared(study).limits
+        sites = tuple(site.model_copy(update={"limits": limits}) for site in self.sites)
+        return replace(self, sites=sites)
 
     def save(self, path: Path) -> None:
         """Write the population for other processes of this run; the file holds features."""
         tensors = _tensors("features", self.features)
         if self.test is not None:
             tensors |= _tensors("test", self.test)
-        sites = [site.model_dump(mode="json") for site in self.sites]
+        facts = {
+            "bounds": self.bounds,
+            "cuts": self.cuts,
+            "sites": [site.model_dump(mode="json") for site in self.sites],
+        }
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.touch(mode=0o600)
-        save_file(tensors, path, {"bounds": json.dumps(self.bounds), "sites": json.dumps(sites)})
+        save_file(tensors, path, {key: json.dumps(value) for key, value in facts.items()})
 
     @classmethod
     def load(cls, path: Path) -> "Population":
         """Read what `save` wrote, by memory map."""
         with safe_open(path, "pt") as file:
-            metadata = {key: json.loads(text) for key, text in file.metadata().items()}
+            facts = {key: json.loads(text) for key, text in file.metadata().items()}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         parts = {
             part: Features(*(tensors[f"{part}/{name}"] for name in _FIELDS))
             for part in {key.split("/")[0] for key in tensors}
         }
-        sites = tuple(Site.parse(site, name="site") for site in metadata["sites"])
-        return cls(parts["features"], tuple(metadata["bounds"]), sites, parts.get("test"))
-
-
-def split(simulation: Simulation, records: Records, files: Rows, *, hold_out: bool) -> Split:
-    """Shuffle by the partition's public seed, hold some rows out, split the rest over sites.
-
-    Args:
-        files: index of the source that each record came from.
-
-    Raises:
-        InputError: fewer records than the hold-out and the sites need.
-    """
-    order = np.random.default_rng(simulation.partition.seed).permutation(len(records))
-    share = simulation.holdout
-    count = round(share if share >= 1 else share * len(order)) if hold_out else 0
-    held_out, rest = order[:count], order[count:]
-    if len(simulation.data) > 1:
-        sites = tuple(rest[files[rest] == index] for index in range(len(simulation.data)))
-    elif len(rest) < simulation.sites:
-        raise InputError(
-            f"simulation.sites: {simulation.sites} sites, but only {len(rest)} records are left "
-            f"after {count} were held out"
-        )
-    elif simulation.partition.by == "iid":
-        # What flwr-datasets' IidPartitioner does after a shuffle, without its two-second import.
-        sites = tuple(np.array_split(rest, simulation.sites))
-    else:
-        sites = _by_flower(simulation, records, rest)
-    if empty := [index + 1 for index, rows in enumerate(sites) if not len(rows)]:
-        raise InputError(f"simulation: no records are left for site {empty[0]}")
-    return Split(sites, held_out)
+        sites = tuple(Site.parse(site, name="site") for site in facts["sites"])
+        bounds, cuts = tuple(facts["bounds"]), tuple(facts["cuts"])
+        return cls(parts["features"], bounds, cuts, sites, parts.get("test"))
 
 
 def gather(
@@ -134,48 +105,118 @@ def gather(
     values: npt.NDArray[np.float32],
     targets: npt.NDArray[Any],
     parts: Split,
+    people: Units,
+    custody: Custody,
 ) -> Population:
     """Return the population whose record i has the features `values[i]`.
 
-    One copy, in the order of the sites; each site declares the size that the split gave it.
+    Each site declares the size that the study names, or that the split of public records gave it.
     """
-    order = np.concatenate(parts.sites)
-    sizes = [len(rows) for rows in parts.sites]
+    sites = _sites(study, state, custody, len(parts.sites))
+    make = _persons if people.grouped else _records
+    features, sizes, cuts = make(study, values, targets, parts.sites, people, sites)
+    bounds = np.cumsum([0, *sizes])
     test = None
     if len(parts.held_out):
-        test = contract.units(values[parts.held_out], torch.from_numpy(targets[parts.held_out]))
-    return Population(
-        contract.units(values[order], torch.from_numpy(targets[order])),
-        tuple(np.cumsum([0, *sizes]).tolist()),
-        _sites(study, state, sizes),
-        test,
+        test, _ = _grouped(study, values, targets, parts.held_out, people)
+    own = [
+        site.model_copy(update={"units": custody.units or size})
+        for site, size in zip(sites, sizes, strict=True)
+    ]
+    starts = (bounds[:-1] + np.array(cuts)).tolist()
+    return Population(features, tuple(bounds.tolist()), tuple(starts), tuple(own), test)
+
+
+_Made = tuple[Features, list[int], list[int]]
+"""Features of all sites, and for each its number of units and how many of them it trains on."""
+
+
+def _records(
+    study: Study,
+    values: npt.NDArray[np.float32],
+    targets: npt.NDArray[Any],
+    rows: tuple[Rows, ...],
+    people: Units,
+    sites: list[Site],
+) -> _Made:
+    """Make one unit of each row; one copy, in the order of the sites."""
+    ordered, cuts = [], []
+    for mine, site in zip(rows, sites, strict=True):
+        held = np.zeros(len(mine), bool)
+        if site.held_out:
+            names = [people.names[row] for row in mine]
+            held = _held_out(people.key, names, site.held_out)
+        ordered.append(mine[np.argsort(held, kind="stable")])
+        cuts.append(int((~held).sum()))
+    order = np.concatenate(ordered)
+    made = contract.units(values[order], torch.from_numpy(targets[order]))
+    return made, [len(mine) for mine in rows], cuts
+
+
+def _persons(
+    study: Study,
+    values: npt.NDArray[np.float32],
+    targets: npt.NDArray[Any],
+    rows: tuple[Rows, ...],
+    people: Units,
+    sites: list[Site],
+) -> _Made:
+    """Make one unit of all rows of a person."""
+    made, cuts = [], []
+    for mine, site in zip(rows, sites, strict=True):
+        features, names = _grouped(study, values, targets, mine, people)
+        held = _held_out(people.key, names, site.held_out)
+        order = torch.from_numpy(np.argsort(held, kind="stable"))
+        made.append(features.select(order))
+        cuts.append(int((~held).sum()))
+    whole = Features(*(torch.cat([getattr(part, f) for part in made]) for f in _FIELDS))
+    return whole, [len(part) for part in made], cuts
+
+
+def _grouped(
+    study: Study,
+    values: npt.NDArray[np.float32],
+    targets: npt.NDArray[Any],
+    rows: Rows,
+    people: Units,
+) -> tuple[Features, list[bytes]]:
+    if not people.grouped:
+        return contract.units(values[rows], torch.from_numpy(targets[rows])), []
+    return units.gather(
+        values[rows],
+        targets[rows],
+        [people.names[row] for row in rows],
+        [people.inputs[row] for row in rows],
+        study.privacy.max_instances,
+        people.key,
     )
 
 
-def _sites(study: Study, state: Path, sizes: list[int]) -> tuple[Site, ...]:
-    sites = tuple(_site(study, state, index, size) for index, size in enumerate(sizes))
+def _held_out(key: bytes, names: list[bytes], share: float) -> npt.NDArray[np.bool_]:
+    return np.array([units.is_held_out(key, name, share) for name in names], bool)
+
+
+def _sites(study: Study, state: Path, custody: Custody, count: int) -> list[Site]:
+    sites = [_site(study, state, custody, index) for index in range(count)]
     names = [site.site for site in sites]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"simulation.data: two files would make two sites named {twice[0]}")
     return sites
 
 
-def limits(study: Study) -> Limits:
-    """Return what a simulated site allows: the study's own ε and δ, and no more."""
-    epsilon = plan(study).epsilon() or 1.0
-    # Equal events priced in another order differ in the last digits.
-    return Limits(max_epsilon=epsilon * (1 + 1e-6), delta=study.privacy.delta)
-
-
-def _site(study: Study, state: Path, index: int, units: int) -> Site:
-    sources = study.simulation.data
-    source = sources[index] if len(sources) > 1 else sources[0]
+def _site(study: Study, state: Path, custody: Custody, index: int) -> Site:
+    simulation = study.simulation
+    several = len(simulation.data) > 1
+    source = simulation.data[index] if several else simulation.data[0]
+    # A private file may be renamed; its ledger goes by its place.
+    named = several and simulation.data_is_public
     return Site(
-        site=_name(source, index) if len(sources) > 1 else f"site-{index + 1}",
+        site=_name(source, index) if named else f"site-{index + 1}",
         data=source,
-        units=units,
-        limits=limits(study),
-        data_is_public=study.simulation.data_is_public,
+        units=custody.units or 1,
+        held_out=custody.held_out,
+        limits=custody.limits,
+        data_is_public=simulation.data_is_public,
         state=state,
     )
 
@@ -183,35 +224,6 @@ def _site(study: Study, state: Path, index: int, units: int) -> Site:
 def _name(source: DataSource, index: int) -> str:
     name = source.path.stem if source.path else f"site-{index + 1}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")[:64] or f"site-{index + 1}"
-
-
-def _by_flower(simulation: Simulation, records: Records, rows: Rows) -> tuple[Rows, ...]:
-    from flwr_datasets.partitioner import DirichletPartitioner, NaturalIdPartitioner
-
-    how: Partition = simulation.partition
-    if how.by == "dirichlet":
-        partitioner = DirichletPartitioner(
-            num_partitions=simulation.sites,
-            partition_by="label",
-            alpha=how.alpha,
-            min_partition_size=1,
-            seed=how.seed,
-        )
-    else:
-        partitioner = NaturalIdPartitioner(partition_by="partition")
-    chosen = records.select(rows).dataset()
-    partitioner.dataset = chosen.add_column("row", rows.tolist())
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return tuple(
-                np.asarray(partitioner.load_partition(index)["row"], dtype=np.int64)
-                for index in range(partitioner.num_partitions)
-            )
-    except (ValueError, NotImplementedError) as error:
-        raise InputError(
-            f"simulation.partition: no {how.by} split over {simulation.sites} sites was found; "
-            f"try fewer sites or a larger alpha ({str(error).splitlines()[0]})"
-        ) from None
 
 
 def _tensors(part: str, features: Features) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ def predict(inputs: Path, model: Path, column: str | None, *, as_json: bool) -> 
         json.dump([_object(*pair) for pair in found], sys.stdout, indent=2, ensure_ascii=False)
         sys.stdout.write("\n")
         return
-    writer = csv.writer(sys.stdout)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["input", "label", *trained.labels])
     for name, one in found:
         probabilities = [f"{one.probabilities[label]:.6f}" for label in trained.labels]

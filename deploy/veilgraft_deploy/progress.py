@@ -72,7 +72,8 @@ def noted(round_: Round) -> str:
     """Return a round's accuracy and ε for its bar."""
     shown = []
     if round_.accuracy is not None:
-        shown.append(f"accuracy {round_.accuracy:.3f}")
+        about = "accuracy ≈" if round_.low is not None else "accuracy"
+        shown.append(f"{about} {round_.accuracy:.3f}")
     shown.append("not private" if round_.epsilon is None else f"ε {round_.epsilon:.2f}")
     return "  ".join(shown)
 
@@ -81,7 +82,7 @@ def table(report: dict[str, Any]) -> Table:
     """Return a run's results as a table: the federation first, then the comparisons."""
     final, comparisons = report["final"], report["comparisons"] or {}
     shown = Table(
-        title=f"{report['study']['name']}: accuracy on public records", title_justify="left"
+        title=f"{report['study']['name']}: accuracy on {_where(report)}", title_justify="left"
     )
     shown.add_column("")
     shown.add_column("accuracy", justify="right")
@@ -89,7 +90,7 @@ def table(report: dict[str, Any]) -> Table:
     spent = {site["epsilon"] for site in report["sites"]}
     epsilon = "no bound" if None in spent else f"{max(spent):.3f}"
     name = "private federation" if report["private"] else f"federation ({_why(report)})"
-    shown.add_row(name, _percent(final["accuracy"]), epsilon)
+    shown.add_row(name, _percent(final["accuracy"], final["accuracy_interval"]), epsilon)
     rows = {
         "one_site_alone": ("one site alone, same budget", epsilon),
         "no_transfer": ("no transfer, same budget", epsilon),
@@ -110,5 +111,14 @@ def _why(report: dict[str, Any]) -> str:
     return "not private: seeded" if report["seeded"] else "not private: no noise"
 
 
-def _percent(accuracy: float | None) -> str:
-    return "not shown" if accuracy is None else f"{accuracy:.3f}"
+def _where(report: dict[str, Any]) -> str:
+    noised = any(round_["low"] is not None for round_ in report["rounds"])
+    return "held-out units at the sites, noised" if noised else "public records"
+
+
+def _percent(accuracy: float | None, interval: list[float] | None = None) -> str:
+    if accuracy is None:
+        return "not shown"
+    if interval is None:
+        return f"{accuracy:.3f}"
+    return f"{accuracy:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"

@@ -1,29 +1,37 @@
 """Simulate a study on one machine, from records to model.
 
-A run folder holds `run.json` (what is run), `checkpoint.safetensors`, `ledger.db`, `state/`
-(features), and at the end `report.json`, `rounds.csv`, `model/` and, with comparisons,
-`comparisons/`. What holds a record or its features stays under `state/`.
+A run folder holds `run.json` (what is run), `checkpoint.safetensors`, `records.hmac` (whether they
+are still the same records), and at the end `report.json`, `rounds.csv`, `model/` and, with
+comparisons, `comparisons/`. What holds a record or its features lies in the state folder, with the
+secret key; so does the ledger of private records, whose state folder outlives its runs. That of
+public ones is the run's.
 """
 
+import fcntl
+import hmac
 import json
+import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from veilgraft.durable import write_atomically
 from veilgraft.errors import InputError, Refusal, RefusedError
 from veilgraft.model import export
 from veilgraft.plan import plan
 from veilgraft.study import Study
 from veilgraft_client.ledger import Ledger
 from veilgraft_deploy.comparisons import compare as run_comparisons
+from veilgraft_deploy.custody import Custody, check_apart, keep, settled
 from veilgraft_deploy.federation import Engine, Run, federate
 from veilgraft_deploy.population import Population
 from veilgraft_deploy.progress import Silent, Watcher
 from veilgraft_deploy.source import Source
 from veilgraft_server import report, rounds
-from veilgraft_server.checkpoint import write_atomically
+from veilgraft_server.checkpoint import Progress
 
 
 def simulate(
@@ -44,7 +52,9 @@ def simulate(
 
     Args:
         out: the run folder; must hold no run unless `resume` or `overwrite` is given.
-        state: folder for features, `out/state` by default; runs that share it reuse them.
+        state: folder for features, `out/state` by default; runs that share it reuse them. For
+            data not declared public it must be named: it holds the sites' ledger and keys, and is
+            to be the same for all runs over these data.
         seed: makes the run reproducible and not private.
         compare: also run the comparisons, each tuned over `simulation.grid`.
         imported: seconds that the caller spent on imports, for the report.
@@ -65,20 +75,41 @@ def simulate(
         ray_address=ray_address,
         watcher=watcher,
     )
+    if state is None and not study.simulation.data_is_public:
+        raise InputError(
+            "--state: missing; data not declared public spend from a ledger that outlives the run: "
+            "name one folder for all runs over these data"
+        )
     _check_folder(run, resume=resume, overwrite=overwrite, compare=compare)
-    source = Source.read(study, run.state, watcher)
-    population = source.population()
+    check_apart(study, run.state, run.out)
+    # Private records have one ledger and one key, and so one run at a time.
+    folders = [run.out] if study.simulation.data_is_public else [run.out, run.state]
+    with ExitStack() as held:
+        for folder in folders:
+            held.enter_context(_alone_in(folder))
+        custody = settled(study, run.state)
+        return _simulate(run, custody, began, imported, compare=compare, overwrite=overwrite)
+
+
+def _simulate(
+    run: Run, custody: Custody, began: float, imported: float, *, compare: bool, overwrite: bool
+) -> dict[str, Any]:
+    study = run.study
+    source = Source.read(study, run.state, run.seed, run.watcher)
+    population = source.population(custody)
     _check_sites(run, population)
     ready = time.perf_counter()
     _claim(run, source, overwrite=overwrite)
-    reached, history = federate(run, population)
+    if not study.simulation.data_is_public:
+        keep(custody, run.state)
+    progress = _federated(run, population)
     trained = time.perf_counter()
     comparisons = run_comparisons(run, source, population) if compare else None
     export.export(
         run.out / "model",
         study,
         source.backbone,
-        rounds.model(reached),
+        rounds.model(progress.state),
         _statement(run),
         private=_private(run),
     )
@@ -90,14 +121,42 @@ def simulate(
     }
     content = report.report(
         study,
-        history,
-        seeded=seed is not None,
+        progress,
+        seeded=run.seed is not None,
         sites=_spent(run, population),
         comparisons=comparisons,
         timing=timing,
     )
     report.write(run.out, content)
     return content
+
+
+def _federated(run: Run, population: Population) -> Progress:
+    try:
+        return federate(run, population)
+    except RefusedError:
+        # What no site has granted is no run; the folder is free again.
+        if not run.checkpoint.exists():
+            (run.out / "run.json").unlink()
+        raise
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Hold a run folder; raise `InputError` where another process does."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out}: another process is running it") from None
+        yield
+    finally:
+        os.close(folder)
+        if made and not any(out.iterdir()):
+            out.rmdir()
 
 
 def _described(run: Run) -> bytes:
@@ -131,11 +190,6 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool, compare: bool) -> 
     if not described.exists():
         return
     if overwrite:
-        # The run that is there speaks for its data, not the study that would replace it.
-        if not json.loads(described.read_bytes())["study"]["simulation"]["data_is_public"]:
-            raise InputError(
-                f"{run.out}: holds the ledger of data not declared public; it can't be overwritten"
-            )
         return
     if not resume:
         raise InputError(f"{run.out}: holds a run; give --resume, --overwrite or another --out")
@@ -164,7 +218,8 @@ def _check_sites(run: Run, population: Population) -> None:
 def _claim(run: Run, source: Source, *, overwrite: bool) -> None:
     """Make the folder this run's own; what an earlier run left goes, its features stay."""
     described = run.out / "run.json"
-    records = run.out / "state" / "records.sha256"
+    records = run.out / "records.hmac"
+    fingerprint = hmac.new(source.people.key, source.records.fingerprint.encode(), "sha256")
     if overwrite and described.exists():
         for folder in ("model", "comparisons"):
             shutil.rmtree(run.out / folder, ignore_errors=True)
@@ -173,13 +228,11 @@ def _claim(run: Run, source: Source, *, overwrite: bool) -> None:
                 path.unlink()
         described.unlink()
     if described.exists():
-        if records.read_text() != source.records.fingerprint:
+        if records.read_text() != fingerprint.hexdigest():
             raise InputError(f"{run.out}: the records are not those with which this run started")
         return
-    records.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Tells whether two data sets are the same, and so stays among what is the site's own.
-    records.touch(mode=0o600)
-    records.write_text(source.records.fingerprint)
+    # A bare fingerprint would tell whoever sees this folder whether a data set is the same.
+    records.write_text(fingerprint.hexdigest())
     write_atomically(described, _described(run))
 
 
@@ -192,6 +245,8 @@ def _spent(run: Run, population: Population) -> list[dict[str, Any]]:
             "site": site.site,
             "units": site.units,
             "epsilon": ledger.epsilon(site.site, delta) if _private(run) else None,
+            "life_epsilon": ledger.life_epsilon(site.site) if _private(run) else None,
+            "life_delta": ledger.life_delta(site.site) if _private(run) else None,
         }
         for site in population.sites
     ]
@@ -206,13 +261,22 @@ def _statement(run: Run) -> Sequence[str]:
         return ["**Not private.** Trained without clipping and noise."]
     if run.seed is not None:
         return [f"**Not private.** The noise came from a seed, {run.seed}, and can be subtracted."]
-    unit = "record" if study.privacy.unit == "record" else f"value of `{study.privacy.unit}`"
+    unit = "record"
+    if study.privacy.column is not None:
+        unit = f"unit, all rows with one value of `{study.privacy.column}`,"
     return [
         f"Each {unit} at each site is protected by (ε, δ)-differential privacy with "
         f"ε = {planned.epsilon():.4g} at δ = {planned.delta:g} (add or remove one unit; "
         f"{planned.epsilon(replace_one=True):.4g} for replacing one), over all "
-        f"{planned.rounds} rounds.",
+        f"{planned.rounds} rounds{_measured(study)}.",
         f"Algorithm `{study.training.algorithm}`, noise multiplier {planned.sigma:.4g}, clip norm "
         f"{study.privacy.clip_norm:g}; no trust in the coordinator is needed for this.",
         "A unit that is present at several sites spends at each of them; budgets add.",
     ]
+
+
+def _measured(study: Study) -> str:
+    asked = study.evaluation
+    named = {"noised evaluation": asked.private, "noised label counts": asked.label_counts}
+    told = [name for name, each in named.items() if each is not None]
+    return f", {' and '.join(told)} included" if told else ""

@@ -1,5 +1,6 @@
 """A simulation's records, and the populations that are made of them."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +18,11 @@ from veilgraft.model import raw
 from veilgraft.model.backbone import FrozenBackbone
 from veilgraft.model.features import FeatureStore
 from veilgraft.study import DataSource, Study
-from veilgraft_client import dataset
+from veilgraft_client import dataset, units
 from veilgraft_client.dataset import Records
-from veilgraft_deploy.population import Population, Split, gather, split
+from veilgraft_deploy.custody import Custody, declared
+from veilgraft_deploy.partition import Split, Units, split
+from veilgraft_deploy.population import Population, gather
 from veilgraft_deploy.progress import Watcher
 
 Values = npt.NDArray[np.float32]
@@ -37,16 +40,18 @@ class Source:
     study: Study
     state: Path
     records: Records
+    people: Units
     parts: Split
     test: Records | None
     watcher: Watcher
 
     @classmethod
-    def read(cls, study: Study, state: Path, watcher: Watcher) -> "Source":
+    def read(cls, study: Study, state: Path, seed: int | None, watcher: Watcher) -> "Source":
         """Read all files; raises `InputError` for the first that can't be used.
 
         Where the study names no public records, some are held out, but only of data that are
-        declared public: an accuracy over private records would be a release.
+        declared public: an accuracy over private records would be a release, which
+        `evaluation.private` makes with noise.
         """
         simulation, public = study.simulation, study.evaluation.data
         if not simulation.data:
@@ -54,36 +59,42 @@ class Source:
         read = [_read(study, source, watcher) for source in simulation.data]
         files = np.repeat(np.arange(len(read)), [len(records) for records in read])
         records = Records(pa.concat_tables([part.table for part in read]))
-        hold_out = public is None and simulation.data_is_public
-        parts = split(simulation, records, files, hold_out=hold_out)
+        private = study.evaluation.private is not None
+        hold_out = public is None and not private and simulation.data_is_public
+        people = Units(records, lambda: _key(state, seed))
+        parts = split(simulation, records, files, people, hold_out=hold_out)
         if hold_out:
             watcher.say(f"{len(parts.held_out)} records held out; public by assumption")
-        elif public is None:
+        elif public is None and not private:
             watcher.say(
-                "no accuracy: the data are not declared public, and no public records named"
+                "no accuracy: the data are not declared public, no public records are named, and "
+                "evaluation.private is not asked for"
             )
         test = _read(study, public, watcher) if public else None
-        return cls(study, state, records, parts, test, watcher)
+        return cls(study, state, records, people, parts, test, watcher)
 
-    def population(self) -> Population:
+    def population(self, custody: Custody) -> Population:
         """Return the sites with the backbone's features, made once and found again later.
 
         The backbone is verified even where nothing is left to compute: the export needs it, and
         a run must not find that out after it has spent.
         """
         _ = self.backbone
-        return self._population(self._transferred)
+        return self._population(custody, self._transferred)
 
     def untransferred(self) -> Population:
         """Return the sites with plain features of the input itself, in the backbone's place."""
         modality = self.study.backbone.modality
-        return self._population(lambda records: raw.features(modality, inputs(records)))
+        return self._population(
+            declared(self.study), lambda records: raw.features(modality, inputs(records))
+        )
 
-    def _population(self, make: Callable[[Records], Values]) -> Population:
-        made = make(self.records)
-        whole = gather(self.study, self.state, made, self.records.targets, self.parts)
+    def _population(self, custody: Custody, make: Callable[[Records], Values]) -> Population:
+        made, targets = make(self.records), self.records.targets
+        whole = gather(self.study, self.state, made, targets, self.parts, self.people, custody)
         if self.test is None:
             return whole
+        # Each public record counts by itself, whoever it is of.
         return whole.tested_on(contract.units(make(self.test), torch.from_numpy(self.test.targets)))
 
     @cached_property
@@ -112,12 +123,21 @@ def inputs(records: Records) -> list[Any]:
     return values
 
 
+def _key(state: Path, seed: int | None) -> bytes:
+    """Return the state folder's secret key; a run with a seed is not private, and repeatable."""
+    if seed is None:
+        return units.site_key(state)
+    return hashlib.sha256(f"veilgraft/site-key/seeded/1\n{seed}".encode()).digest()
+
+
 def _read(study: Study, source: DataSource, watcher: Watcher) -> Records:
-    partition = study.simulation.partition
+    partition, person = study.simulation.partition, study.privacy.column
+    own = source in study.simulation.data
     return dataset.read(
         source,
         study.task,
         modality=study.backbone.modality,
-        partition=partition.column if source in study.simulation.data else None,
+        unit=(source.unit or person) if person and own else None,
+        partition=partition.column if own else None,
         tell=watcher.say,
     )

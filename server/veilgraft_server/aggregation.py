@@ -9,11 +9,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from veilgraft import messages
+from veilgraft import messages, releases
 from veilgraft.errors import MessageError
 from veilgraft.model.head import Arrays
-from veilgraft.plan import plan
-from veilgraft.study import Study
+from veilgraft.study import MAX_UNITS, Kind, Study
 
 
 def validated(
@@ -28,27 +27,28 @@ def validated(
     arrays = messages.unpack(payload, shapes)
     norm = float(np.sqrt(sum(float(np.vdot(array, array)) for array in arrays.values())))
     if norm > max_norm:
-        raise MessageError(
-            f"payload: expected an L2 norm of at most {max_norm:g} "
-            f"(see aggregation.max_update_norm), got {norm:.4g}"
-        )
+        raise MessageError(f"payload: expected an L2 norm of at most {max_norm:g}, got {norm:.4g}")
     return arrays
 
 
-def largest_norm(study: Study, shapes: Mapping[str, tuple[int, ...]]) -> float:
-    """Return the L2 norm above which a release is dropped.
+def largest_norm(study: Study, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Return the L2 norm above which a release is dropped: what no honest site exceeds.
 
-    Where the study names none: what no honest site exceeds, however few units it declares. A step
-    is at most C from the units and σC(√d + 6) from the noise, the latter but for one release in a
-    billion (Laurent and Massart 2000, Lemma 1); where nothing is clipped there is no such bound.
+    A sum is at most C for each unit and σC(√d + 6) from the noise, the latter but for one release
+    in a billion (Laurent and Massart 2000, Lemma 1). An update divides it by the declared units,
+    so that one C is left however few they are, unless the study itself names a bound for updates;
+    where nothing is clipped there is none.
     """
+    clip_norm = releases.clip_norm(study, kind)
+    dimension = sum(math.prod(shape) for shape in shapes.values())
+    noise = releases.deviation(study, kind) * (math.sqrt(dimension) + 6.5)
+    if kind != "update":
+        return MAX_UNITS * clip_norm + noise
     if study.aggregation.max_update_norm is not None:
         return study.aggregation.max_update_norm
     if not study.private:
         return math.inf
-    dimension = sum(math.prod(shape) for shape in shapes.values())
-    step = study.privacy.clip_norm * (1 + plan(study).sigma * (math.sqrt(dimension) + 6.5))
-    training = study.training
+    step, training = clip_norm + noise, study.training
     if not training.sampled:
         return step
     assert training.sample_rate is not None

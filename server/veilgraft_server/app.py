@@ -6,28 +6,34 @@ The arithmetic of a round is `rounds.py`'s; here are the messages, the quorum an
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from flwr.app import Context, Message, MessageType
 from flwr.serverapp import Grid, ServerApp
 
-from veilgraft import messages
+from veilgraft import messages, releases
 from veilgraft.errors import MessageError, QuorumError
 from veilgraft.messages import Envelope, Hello, Refused, Request
-from veilgraft.model import head as heads
 from veilgraft.model.head import Arrays
 from veilgraft.model.score import Score
-from veilgraft.plan import plan
-from veilgraft.study import Study
-from veilgraft_server import checkpoint, rounds
+from veilgraft.plan import Plan, plan
+from veilgraft.study import Kind, Study
+from veilgraft_server import checkpoint, evaluation, rounds
 from veilgraft_server.aggregation import largest_norm, validated
-from veilgraft_server.checkpoint import Drop, Round
+from veilgraft_server.checkpoint import Drop, Progress, Round
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+
+_MESSAGE_TYPES: dict[Kind, str] = {
+    "update": MessageType.TRAIN,
+    "evaluation": MessageType.EVALUATE,
+    "label-counts": MessageType.QUERY,
+}
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,10 @@ class Job:
     evaluate: Callable[[Arrays], Score | None]
     tell: Callable[[Round], None]
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the head, and so of every release."""
-        return heads.shapes(self.study.head, self.dim, len(self.study.task.labels))
+    @cached_property
+    def plan(self) -> Plan:
+        """What the study will spend."""
+        return plan(self.study)
 
 
 def server_app(job: Job) -> ServerApp:
@@ -72,22 +78,61 @@ def run(job: Job, grid: Grid) -> None:
     """Run all rounds that the checkpoint does not yet hold."""
     study = job.study
     if job.checkpoint.exists():
-        state, history = checkpoint.load(job.checkpoint, study.digest)
+        progress = checkpoint.load(job.checkpoint, study.digest)
     else:
-        state, history = rounds.init(study, job.dim, job.generator), ()
-        checkpoint.save(job.checkpoint, study.digest, state, history)
-    sites = _sites(job, grid) if state.round < study.training.rounds else {}
-    while state.round < study.training.rounds:
-        started = time.perf_counter()
-        updates, drops = _collect(job, grid, sites, state)
-        _require_quorum(job, state.round + 1, updates, drops)
-        state = rounds.apply(study, state, updates)
-        score = job.evaluate(rounds.model(state))
-        state = rounds.observe(study, state, score.accuracy if score else None)
-        seconds = time.perf_counter() - started
-        history = (*history, _round(study, state, updates, drops, score, seconds))
-        checkpoint.save(job.checkpoint, study.digest, state, history)
-        job.tell(history[-1])
+        progress = Progress(rounds.init(study, job.dim, job.generator))
+        checkpoint.save(job.checkpoint, study.digest, progress)
+    last = study.training.rounds
+    sites = _sites(job, grid) if progress.state.round < last else {}
+    while progress.state.round < last:
+        if progress.labels is None and study.evaluation.label_counts is not None:
+            progress = replace(progress, labels=_label_counts(job, grid, sites))
+        progress = _round(job, grid, sites, progress)
+        checkpoint.save(job.checkpoint, study.digest, progress)
+        job.tell(progress.history[-1])
+
+
+def _round(job: Job, grid: Grid, sites: dict[int, str], progress: Progress) -> Progress:
+    """Return where one more round leads."""
+    study, state, started = job.study, progress.state, time.perf_counter()
+    rate = rounds.rate(study, state)
+    updates, drops = _ask(job, grid, sites, "update", state.round + 1, state.head, rate)
+    _require_quorum(job, state.round + 1, updates, drops)
+    state = rounds.apply(study, state, updates)
+    score = _score(job, grid, sites, state)
+    state = rounds.observe(study, state, score.accuracy if score else None)
+    low, high = (score.interval if score else None) or (None, None)
+    finished = Round(
+        round=state.round,
+        accuracy=score.accuracy if score else None,
+        loss=score.loss if score else None,
+        low=low,
+        high=high,
+        epsilon=job.plan.epsilon(state.round),
+        sites=len(updates),
+        dropped=len(drops),
+        seconds=time.perf_counter() - started,
+        drops=tuple(drops),
+    )
+    return replace(progress, state=state, history=(*progress.history, finished))
+
+
+def _score(job: Job, grid: Grid, sites: dict[int, str], state: rounds.State) -> Score | None:
+    """Score the model on public records, or ask the sites where the study says so."""
+    private, model = job.study.evaluation.private, rounds.model(state)
+    if private is None:
+        return job.evaluate(model)
+    if state.round not in job.plan.evaluated:
+        return None
+    found, _ = _ask(job, grid, sites, "evaluation", state.round, model)
+    sums = [arrays[releases.SUMS] for arrays in found.values()]
+    deviation = releases.deviation(job.study, "evaluation")
+    return evaluation.estimate(sums, deviation, private.loss_bound)
+
+
+def _label_counts(job: Job, grid: Grid, sites: dict[int, str]) -> dict[str, list[float]]:
+    found, _ = _ask(job, grid, sites, "label-counts", 0, {})
+    return {site: arrays[releases.SUMS].tolist() for site, arrays in sorted(found.items())}
 
 
 def _sites(job: Job, grid: Grid) -> dict[int, str]:
@@ -126,45 +171,52 @@ def _may_join(job: Job, site: str, named: dict[int, str]) -> bool:
     return True
 
 
-def _collect(
-    job: Job, grid: Grid, sites: dict[int, str], state: rounds.State
+def _ask(
+    job: Job,
+    grid: Grid,
+    sites: dict[int, str],
+    kind: Kind,
+    round_: int,
+    head: Arrays,
+    rate: float = 0.0,
 ) -> tuple[dict[str, Arrays], list[Drop]]:
     """Ask every site for one release; return the valid ones, and why others did not count."""
-    payload = messages.pack(state.head)
-    head = messages.digest(payload)
+    payload = messages.pack(head)
+    digest = messages.digest(payload)
     requests = {
         node: Request(
+            kind=kind,
             site=site,
             study=job.study.digest,
             run=job.run,
-            round=state.round + 1,
-            head=head,
-            rate=rounds.rate(job.study, state),
+            round=round_,
+            head=digest,
+            rate=rate,
         ).encode()
         for node, site in sites.items()
     }
     outgoing = [
-        _message(Envelope(header, payload), node, MessageType.TRAIN, str(state.round + 1))
+        _message(Envelope(header, payload), node, _MESSAGE_TYPES[kind], str(round_))
         for node, header in requests.items()
     ]
-    updates: dict[str, Arrays] = {}
+    found: dict[str, Arrays] = {}
     drops: dict[str, str] = {}
     for reply in grid.send_and_receive(outgoing, timeout=job.study.aggregation.timeout):
         node = reply.metadata.src_node_id
         site = sites.get(node)
-        if site is None or site in updates:
+        if site is None or site in found:
             continue
         try:
-            updates[site] = _update(job, site, requests[node], reply)
+            found[site] = _released(job, kind, site, requests[node], reply)
         except MessageError as error:
             drops[site] = str(error)
-            log.warning("%s: dropped: %s", site, error)
-    for site in set(sites.values()) - set(updates) - set(drops):
+            log.warning("%s: %s dropped: %s", site, kind, error)
+    for site in set(sites.values()) - set(found) - set(drops):
         drops[site] = "no answer"
-    return updates, [Drop(site, reason) for site, reason in sorted(drops.items())]
+    return found, [Drop(site, reason) for site, reason in sorted(drops.items())]
 
 
-def _update(job: Job, site: str, request: bytes, reply: Message) -> Arrays:
+def _released(job: Job, kind: Kind, site: str, request: bytes, reply: Message) -> Arrays:
     if reply.has_error():
         raise MessageError(f"Flower error {reply.error.code}")
     envelope = messages.from_record(reply.content)
@@ -175,7 +227,8 @@ def _update(job: Job, site: str, request: bytes, reply: Message) -> Arrays:
         raise MessageError(f"refused: {answer.code}")
     if answer.site != site or answer.payload != messages.digest(envelope.payload):
         raise MessageError("the header does not fit the payload or the site")
-    return validated(envelope.payload, job.shapes, largest_norm(job.study, job.shapes))
+    shapes = releases.shapes(job.study, kind, job.dim)
+    return validated(envelope.payload, shapes, largest_norm(job.study, kind, shapes))
 
 
 def _require_quorum(job: Job, round_: int, updates: dict[str, Arrays], drops: list[Drop]) -> None:
@@ -186,26 +239,6 @@ def _require_quorum(job: Job, round_: int, updates: dict[str, Arrays], drops: li
             f"round {round_}: {len(updates)} valid releases, aggregation.quorum is {quorum} "
             f"({reasons}); the rounds before are kept in {job.checkpoint.name}"
         )
-
-
-def _round(
-    study: Study,
-    state: rounds.State,
-    updates: dict[str, Arrays],
-    drops: list[Drop],
-    score: Score | None,
-    seconds: float,
-) -> Round:
-    return Round(
-        round=state.round,
-        accuracy=score.accuracy if score else None,
-        loss=score.loss if score else None,
-        epsilon=plan(study).epsilon(state.round),
-        sites=len(updates),
-        dropped=len(drops),
-        seconds=seconds,
-        drops=tuple(drops),
-    )
 
 
 def _message(envelope: Envelope, node: int, kind: str, group: str) -> Message:

@@ -1,9 +1,7 @@
 """The coordinator's state on disk: one file, replaced atomically after every round."""
 
-import contextlib
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from veilgraft.durable import sync_folder
+from veilgraft.durable import write_atomically
 from veilgraft.errors import InputError
 from veilgraft_server.rounds import State
 
@@ -32,7 +30,8 @@ class Round:
     """What is known of a round once it is over.
 
     Attributes:
-        accuracy, loss: of the model after this round, on public records; None without any.
+        accuracy, loss: of the model after this round; None where it was not evaluated.
+        low, high: interval of the accuracy at 95%, where it was measured with noise.
         epsilon: the study's composed ε up to here; None where there is no bound.
         sites: releases averaged; `dropped` answers that did not count.
     """
@@ -45,23 +44,44 @@ class Round:
     dropped: int
     seconds: float
     drops: tuple[Drop, ...] = ()
+    low: float | None = None
+    high: float | None = None
 
 
-def save(path: Path, study: str, state: State, history: Iterable[Round]) -> None:
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        labels: each site's noised number of units of each label, where the study asks for it.
+    """
+
+    state: State
+    history: tuple[Round, ...] = ()
+    labels: Mapping[str, list[float]] | None = None
+
+
+def save(path: Path, study: str, progress: Progress) -> None:
     """Replace the checkpoint at `path`; after a crash either the old or the new one is whole."""
+    state = progress.state
     tensors = {
         f"{part}/{name}": np.ascontiguousarray(array)
         for part in _ARRAYS
         for name, array in getattr(state, part).items()
     }
     scalars = {f.name: getattr(state, f.name) for f in fields(state) if f.name not in _ARRAYS}
-    rounds = [asdict(round_) for round_ in history]
-    metadata = {"study": study, "state": json.dumps(scalars), "rounds": json.dumps(rounds)}
+    rounds = [asdict(round_) for round_ in progress.history]
+    metadata = {
+        "study": study,
+        "state": json.dumps(scalars),
+        "rounds": json.dumps(rounds),
+        "labels": json.dumps(progress.labels),
+    }
     write_atomically(path, safetensors.numpy.save(tensors, metadata))
 
 
-def load(path: Path, study: str) -> tuple[State, tuple[Round, ...]]:
-    """Return state and history from the checkpoint of a study.
+def load(path: Path, study: str) -> Progress:
+    """Return what the checkpoint of a study holds.
 
     Raises:
         InputError: no readable checkpoint, or another study's.
@@ -86,19 +106,5 @@ def load(path: Path, study: str) -> tuple[State, tuple[Round, ...]]:
         Round(**{**entry, "drops": tuple(Drop(**drop) for drop in entry["drops"])})
         for entry in json.loads(metadata["rounds"])
     )
-    return State(**json.loads(metadata["state"]), **parts), history
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, meets the old content or the new, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    state = State(**json.loads(metadata["state"]), **parts)
+    return Progress(state, history, json.loads(metadata["labels"]))

@@ -3,19 +3,20 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from veilgraft.durable import write_atomically
 from veilgraft.plan import plan
 from veilgraft.study import Study
-from veilgraft_server.checkpoint import Round, write_atomically
+from veilgraft_server.checkpoint import Progress
 
 
 def report(
     study: Study,
-    history: Sequence[Round],
+    progress: Progress,
     *,
     seeded: bool,
     sites: Sequence[dict[str, Any]],
@@ -26,7 +27,7 @@ def report(
 
     `private` is true only where nothing was seeded and every release was noised.
     """
-    planned = plan(study)
+    planned, history = plan(study), progress.history
     last = history[-1]
     return {
         "study": {"name": study.name, "digest": study.digest},
@@ -38,14 +39,26 @@ def report(
         "final": {
             "accuracy": last.accuracy,
             "loss": last.loss,
+            "accuracy_interval": None if last.low is None else [last.low, last.high],
             "epsilon": planned.epsilon(last.round),
             "epsilon_replace_one": planned.epsilon(last.round, replace_one=True),
             "delta": study.privacy.delta if study.private else None,
         },
+        "label_counts": _by_label(study, progress.labels),
         "comparisons": comparisons,
         "sites": list(sites),
         "timing": timing,
     }
+
+
+def _by_label(
+    study: Study, labels: Mapping[str, list[float]] | None
+) -> dict[str, dict[str, float]] | None:
+    """Return each site's noised counts by the labels' names."""
+    if labels is None:
+        return None
+    names = study.task.labels
+    return {site: dict(zip(names, counts, strict=True)) for site, counts in labels.items()}
 
 
 def write(folder: Path, content: dict[str, Any]) -> None:
@@ -53,7 +66,18 @@ def write(folder: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(folder / "report.json", text.encode())
     table = io.StringIO()
-    columns = ["private", "round", "accuracy", "loss", "epsilon", "sites", "dropped", "seconds"]
+    columns = [
+        "private",
+        "round",
+        "accuracy",
+        "low",
+        "high",
+        "loss",
+        "epsilon",
+        "sites",
+        "dropped",
+        "seconds",
+    ]
     writer = csv.DictWriter(table, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows({"private": content["private"], **row} for row in content["rounds"])

@@ -279,6 +279,72 @@ def test_integers_name_a_unit_and_fractions_do_not(tmp_path: Path) -> None:
     assert "line 1: expected text, integers" in refusal(path, unit="who")
 
 
+WHOLE = [("001", "1"), ("+1", "1"), (" 1 ", "1"), ("-0", "0"), ("-07", "-7"), ("9" * 1000,) * 2]
+
+
+@pytest.mark.parametrize(("written", "name"), WHOLE)
+def test_integers_are_one_id_however_they_are_written(
+    tmp_path: Path, written: str, name: str
+) -> None:
+    path = write(tmp_path / "a.csv", f"text,label,who\nt,ham,{written}\n")
+    assert column(read(path, unit="who", unit_type="integer"), "unit") == [name]
+    as_text = read(path, unit="who", partition="who")
+    assert column(as_text, "unit") == column(as_text, "partition") == [written.strip()]
+
+
+def test_integers_compare_the_same_in_every_format(tmp_path: Path) -> None:
+    ids = [7, -(2**63), 2**63 - 1]
+    lines = [json.dumps({"text": "t", "label": "ham", "who": i}) for i in ids]
+    paths = [
+        parquet(tmp_path / "a.parquet", text=["t"] * 3, label=["ham"] * 3, who=ids),
+        write(tmp_path / "a.jsonl", "\n".join(lines)),
+        write(tmp_path / "a.csv", "text,label,who\n" + "".join(f"t,ham,{i}\n" for i in ids)),
+    ]
+    for path in paths:
+        records = read(path, unit="who", unit_type="integer")
+        assert column(records, "unit") == [str(i) for i in ids]
+
+
+NOT_WHOLE = ["1.5", "1.0", "x", "1e3", "0x1", "1_000", "1 2", "--1", "+", "١", "１"]
+
+
+@pytest.mark.parametrize("written", NOT_WHOLE)
+def test_what_is_no_whole_number_is_a_bad_record_that_is_not_shown(
+    tmp_path: Path, written: str
+) -> None:
+    path = write(tmp_path / "a.csv", f"text,label,who\nt,ham,3\nt,ham,{written}\n")
+    told: list[str] = []
+    records = read(path, unit="who", unit_type="integer", told=told, on_bad_record="skip")
+    assert (column(records, "unit"), records.bad) == (["3"], 1)
+    assert told == [f"{path}: row 3: expected a whole number as the unit; skipped"]
+    expected = "row 3: expected a whole number as the unit; 1 of 2 records are bad"
+    assert expected in refusal(path, unit="who", unit_type="integer")
+    assert column(read(path, unit="who"), "unit")[1] == unicodedata.normalize("NFC", written)
+
+
+def test_a_column_of_fractions_names_no_unit_even_if_all_are_whole(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", text=["t"], label=["ham"], who=[12.0])
+    for kind in ("text", "integer"):
+        for policy in ("fail", "skip"):
+            sentence = refusal(path, unit="who", unit_type=kind, on_bad_record=policy)
+            assert sentence == f"{path}: expected text or integers as unit, got double"
+
+
+@pytest.mark.parametrize("kind", ["text", "integer"])
+def test_an_empty_or_endless_id_is_a_bad_record(tmp_path: Path, kind: str) -> None:
+    ids = ["1" * 1000, "", " \u00a0\u3000", "1" * 1001]
+    content = "text,label,who\n" + "".join(f"t,ham,{name}\n" for name in ids)
+    path, told = write(tmp_path / "a.csv", content), list[str]()
+    options: dict[str, Any] = {"unit": "who", "unit_type": kind, "on_bad_record": "skip"}
+    records = read(path, told=told, **options)
+    assert column(records, "unit") == ids[:1]
+    assert told == [
+        f"{path}: row 3: the unit is empty; skipped",
+        f"{path}: row 4: the unit is empty; skipped",
+        f"{path}: row 5: expected at most 1,000 characters as the unit, got more; skipped",
+    ]
+
+
 def test_an_image_folder_has_no_unit_column(tmp_path: Path) -> None:
     write(tmp_path / "x/ham/1.png", png())
     sentence = refusal(tmp_path / "x", modality="image", unit="patient_id")

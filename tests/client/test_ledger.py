@@ -3,6 +3,7 @@
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from veilgraft.errors import Refusal, RefusedError
 from veilgraft.plan import Plan
 from veilgraft.privacy import accounting
 from veilgraft.privacy.accounting import Event
-from veilgraft_client.ledger import Key, Ledger, LedgerError
+from veilgraft_client.chain import ChainError
+from veilgraft_client.ledger import Key, Ledger, Terms
 
 STUDY = "sha256:" + "a" * 64
 OTHER = "sha256:" + "b" * 64
 PLAN = Plan(rounds=3, update=Event(4.0), delta=1e-5)
+AMPLE = Terms(max_epsilon=100, delta=2e-5)
 
 
 def key(round_: int = 1, head: str = "h1", site: str = "a") -> Key:
@@ -25,7 +28,7 @@ def key(round_: int = 1, head: str = "h1", site: str = "a") -> Key:
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     made = Ledger(tmp_path / "ledger.db")
-    made.grant("a", STUDY, PLAN, max_epsilon=100)
+    made.grant("a", STUDY, PLAN, AMPLE, units=20)
     return made
 
 
@@ -79,7 +82,9 @@ def test_a_key_that_was_paid_twice_still_has_one_release(ledger: Ledger) -> None
 def test_nothing_beyond_the_granted_plan_can_be_spent(ledger: Ledger) -> None:
     for round_ in (1, 2, 3):
         ledger.commit(reserved(ledger, key(round_)), b"noised")
-    with pytest.raises(RefusedError, match="all 3 granted rounds are spent") as refusal:
+    with pytest.raises(
+        RefusedError, match="all 3 granted releases of kind update are spent"
+    ) as refusal:
         ledger.reserve(key(4))
     assert refusal.value.code == Refusal.UNAVAILABLE
     assert ledger.epsilon("a", 1e-5) == pytest.approx(accounting.epsilon([Event(4.0)] * 3, 1e-5))
@@ -92,27 +97,112 @@ def test_a_release_without_a_grant_is_refused(ledger: Ledger) -> None:
 
 
 def test_granting_again_changes_nothing_and_another_plan_is_refused(ledger: Ledger) -> None:
-    ledger.grant("a", STUDY, PLAN, max_epsilon=100)
+    ledger.grant("a", STUDY, PLAN, AMPLE, units=20)
     assert sum(entry.kind == "grant" for entry in ledger.entries()) == 1
     with pytest.raises(RefusedError):
-        ledger.grant("a", STUDY, Plan(4, Event(4.0), 1e-5), max_epsilon=100)
+        ledger.grant("a", STUDY, Plan(4, Event(4.0), 1e-5), AMPLE, units=20)
 
 
 def test_the_cap_covers_all_studies_together_and_says_the_numbers(ledger: Ledger) -> None:
     one = accounting.epsilon([Event(4.0)] * 3, 1e-5)
-    with pytest.raises(RefusedError, match=r"over budget.*max_epsilon is 5") as refusal:
-        ledger.grant("a", OTHER, Plan(30, Event(2.0), 1e-5), max_epsilon=5)
+    with pytest.raises(RefusedError, match=r"over budget.*at δ = 2e-05; the cap is 5") as refusal:
+        ledger.grant("a", OTHER, Plan(30, Event(2.0), 1e-5), Terms(5, 2e-5), units=20)
     assert refusal.value.code == Refusal.UNAVAILABLE
     # Alone the second plan fits the cap; with what was granted before it does not.
     with pytest.raises(RefusedError, match="over budget"):
-        ledger.grant("a", OTHER, PLAN, max_epsilon=1.1 * one)
-    assert [entry.study for entry in ledger.entries("a")] == [STUDY]
-    ledger.grant("a", OTHER, PLAN, max_epsilon=2 * one)
+        ledger.grant("a", OTHER, PLAN, Terms(1.1 * one, 2e-5), units=20)
+    assert [entry.kind for entry in ledger.entries("a")] == ["terms", "grant"]
+    ledger.grant("a", OTHER, PLAN, Terms(2 * one, 2e-5), units=20)
 
 
 def test_a_cap_that_was_lowered_holds_for_what_was_granted_before(ledger: Ledger) -> None:
-    with pytest.raises(RefusedError, match=r"max_epsilon is 0\.1"):
-        ledger.grant("a", STUDY, PLAN, max_epsilon=0.1)
+    with pytest.raises(RefusedError, match=r"the cap is 0\.1"):
+        ledger.grant("a", STUDY, PLAN, Terms(0.1, 2e-5), units=20)
+
+
+def test_studies_granted_before_the_first_release_cost_what_they_cost_together(
+    ledger: Ledger,
+) -> None:
+    ledger.grant("a", OTHER, PLAN, AMPLE, units=20)
+    together = accounting.epsilon([Event(4.0)] * 6, AMPLE.delta / 2)
+    assert ledger.life_epsilon("a") == pytest.approx(together)
+
+
+def test_a_study_chosen_after_a_release_is_priced_as_chosen_in_its_light(ledger: Ledger) -> None:
+    ledger.reserve(key())
+    ledger.grant("a", OTHER, PLAN, AMPLE, units=20)
+    in_advance = accounting.epsilon([Event(4.0)] * 6, AMPLE.delta / 2)
+    exact = accounting.epsilon([Event(4.0)] * 6, AMPLE.delta / 4)
+    assert ledger.life_epsilon("a") == pytest.approx(exact)
+    assert ledger.life_epsilon("a") > in_advance
+
+
+def test_what_a_filter_rests_on_is_fixed_with_the_first_grant(ledger: Ledger) -> None:
+    (terms,) = [entry.body for entry in ledger.entries("a") if entry.kind == "terms"]
+    ledger.grant("a", OTHER, PLAN, AMPLE, units=20)
+    assert [entry.kind for entry in ledger.entries("a")].count("terms") == 1
+    assert ledger.terms("a") == AMPLE
+    assert ledger.life_delta("a") == AMPLE.delta
+    assert terms["orders"]
+
+
+def test_terms_that_a_person_changes_are_written_down_and_their_delta_adds(ledger: Ledger) -> None:
+    ledger.grant("a", OTHER, PLAN, Terms(200, 1e-5), units=20)
+    assert ledger.terms("a") == Terms(200, 1e-5)
+    assert ledger.life_delta("a") == pytest.approx(3e-5)
+
+
+def test_changed_terms_count_from_the_next_grant_on(ledger: Ledger) -> None:
+    for cap in (100, 50, 100, 50):
+        ledger.grant("a", STUDY, PLAN, Terms(cap, 2e-5), units=20)
+    assert ledger.life_delta("a") == AMPLE.delta
+    assert ledger.terms("a") == AMPLE
+    ledger.grant("a", OTHER, PLAN, Terms(50, 2e-5), units=20)
+    assert ledger.life_delta("a") == 2 * AMPLE.delta
+
+
+def test_a_study_s_declared_size_can_not_change(ledger: Ledger) -> None:
+    with pytest.raises(RefusedError, match="granted with another plan or size"):
+        ledger.grant("a", STUDY, PLAN, AMPLE, units=21)
+
+
+def test_what_a_further_study_would_cost_can_be_asked(ledger: Ledger) -> None:
+    ledger.reserve(key())
+    asked = ledger.life_epsilon("a", further=PLAN)
+    before = list(ledger.entries())
+    ledger.grant("a", OTHER, PLAN, AMPLE, units=20)
+    assert ledger.life_epsilon("a") == asked
+    assert len(before) == 4
+
+
+def test_the_share_that_is_held_out_can_not_change(ledger: Ledger) -> None:
+    with pytest.raises(RefusedError, match=r"a share of 0\.1 is to be held out, and 0 was") as no:
+        ledger.grant("a", OTHER, PLAN, Terms(100, 2e-5, held_out=0.1), units=20)
+    assert no.value.code == Refusal.UNAVAILABLE
+
+
+def test_a_ledger_counts_by_one_unit(ledger: Ledger) -> None:
+    with pytest.raises(RefusedError, match=r"counts by record, for life; the study's unit is per"):
+        ledger.grant("a", OTHER, PLAN, Terms(100, 2e-5, unit="person"), units=20)
+    assert [entry.study for entry in ledger.entries("a") if entry.kind == "grant"] == [STUDY]
+
+
+def test_each_kind_of_release_has_keys_and_a_plan_of_its_own(ledger: Ledger) -> None:
+    plan = Plan(
+        rounds=2, update=Event(4.0), delta=1e-5, evaluated=(2,), evaluation=Event(9.0),
+        counted=True, label_counts=Event(20.0),
+    )  # fmt: skip
+    ledger.grant("a", OTHER, plan, AMPLE, units=20)
+    ledger.commit(reserved(ledger, Key("a", OTHER, 2, "h1")), b"update")
+    ledger.commit(reserved(ledger, Key("a", OTHER, 2, "h2", "evaluation")), b"evaluation")
+    ledger.commit(reserved(ledger, Key("a", OTHER, 0, "h0", "label-counts")), b"counts")
+    assert ledger.reserve(Key("a", OTHER, 2, "h2", "evaluation")) == b"evaluation"
+    with pytest.raises(RefusedError, match="all 1 granted releases of kind evaluation"):
+        ledger.reserve(Key("a", OTHER, 1, "h1", "evaluation"))
+    with pytest.raises(RefusedError, match="all 0 granted releases of kind evaluation"):
+        ledger.reserve(Key("a", STUDY, 1, "h1", "evaluation"))
+    assert ledger.events("a", OTHER) == [Event(4.0), Event(9.0), Event(20.0)]
+    assert ledger.paid("a", OTHER) == 1
 
 
 def test_another_head_can_not_take_over_a_reservation_without_a_commit(ledger: Ledger) -> None:
@@ -123,8 +213,8 @@ def test_another_head_can_not_take_over_a_reservation_without_a_commit(ledger: L
 
 
 def test_every_commit_reaches_the_disk_before_it_returns(ledger: Ledger) -> None:
-    assert ledger._db.execute("PRAGMA synchronous").fetchone() == (2,)
-    assert ledger._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert ledger._chain._db.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert ledger._chain._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_an_inner_failure_undoes_its_own_step_alone(ledger: Ledger) -> None:
@@ -139,13 +229,14 @@ def test_an_inner_failure_undoes_its_own_step_alone(ledger: Ledger) -> None:
 
 
 def test_a_release_without_noise_has_no_bound(ledger: Ledger) -> None:
-    ledger.grant("a", OTHER, Plan(1, None, 1e-5), max_epsilon=float("inf"))
+    ledger.grant("a", OTHER, Plan(1, None, 1e-5), Terms(None, 2e-5), units=20)
     ledger.reserve(Key("a", OTHER, 1, "h"))
     assert ledger.epsilon("a", 1e-5) == float("inf")
+    assert ledger.life_epsilon("a") == float("inf")
 
 
 def test_sites_in_one_file_do_not_pay_for_each_other(ledger: Ledger) -> None:
-    ledger.grant("b", STUDY, PLAN, max_epsilon=100)
+    ledger.grant("b", STUDY, PLAN, AMPLE, units=20)
     ledger.reserve(key(site="b"))
     assert ledger.epsilon("a", 1e-5) == 0
     assert ledger.epsilon("b", 1e-5) > 0
@@ -165,7 +256,7 @@ def test_entries_survive_the_process_and_the_chain_fits(ledger: Ledger) -> None:
     ledger.close()
     again = Ledger(ledger.path)
     assert again.head() == head
-    assert again.verify() == 4
+    assert again.verify() == 5
     assert again.reserve(key()) == b"noised"
 
 
@@ -196,8 +287,51 @@ def test_verify_finds_a_forged_entry(ledger: Ledger, change: str) -> None:
     raw = sqlite3.connect(ledger.path)
     raw.executescript(f"DROP TRIGGER no_update; DROP TRIGGER no_delete; {change};")
     raw.close()
-    with pytest.raises(LedgerError):
+    with pytest.raises(ChainError):
         ledger.verify()
+
+
+def test_an_older_copy_in_the_ledgers_place_is_noticed_by_its_anchor(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    older = tmp_path / "older.db"
+    with sqlite3.connect(older) as copy:
+        ledger._chain._db.backup(copy)
+    copy.close()
+    ledger.reserve(key())
+    anchor = ledger.head()
+    ledger.reserve(key())
+    assert ledger.verify(anchor) == 5
+    ledger.close()
+    with sqlite3.connect(older) as restored:
+        restored.execute("PRAGMA journal_mode = WAL")
+    restored.close()
+    rolled_back = Ledger(older)
+    assert rolled_back.verify() == 3
+    with pytest.raises(ChainError, match=f"none of them the anchor's {anchor}: the ledger was rol"):
+        rolled_back.verify(anchor)
+
+
+def test_a_rollback_that_failed_never_lets_what_follows_pass_for_written(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stubborn:
+        """A connection whose rollbacks fail, as on a disk that is gone."""
+
+        def __init__(self, real: sqlite3.Connection) -> None:
+            self.real = real
+
+        def execute(self, statement: str, values: tuple[str, ...] = ()) -> sqlite3.Cursor:
+            if statement.startswith("ROLLBACK"):
+                raise sqlite3.OperationalError("disk I/O error")
+            return self.real.execute(statement, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger._chain, "_db", Stubborn(ledger._chain._db))
+        with pytest.raises(ZeroDivisionError), ledger.transaction():
+            raise ZeroDivisionError
+    with pytest.raises(ChainError):
+        ledger.reserve(key())
 
 
 def test_the_file_is_for_its_owner_alone(ledger: Ledger) -> None:
@@ -210,7 +344,7 @@ def test_what_is_no_ledger_is_refused_and_never_made_into_one(
 ) -> None:
     path = tmp_path / "ledger.db"
     path.write_bytes(content)
-    with pytest.raises(LedgerError):
+    with pytest.raises(ChainError):
         Ledger(path)
     assert path.read_bytes()[:10] == content[:10]
 
@@ -220,18 +354,31 @@ def test_a_ledger_without_its_rules_is_refused(ledger: Ledger) -> None:
     raw = sqlite3.connect(ledger.path)
     raw.execute("DROP TRIGGER no_delete")
     raw.close()
-    with pytest.raises(LedgerError, match="expected a ledger of format 1"):
+    with pytest.raises(ChainError, match="expected a ledger of format 2"):
         Ledger(ledger.path)
 
 
 def test_a_missing_ledger_is_not_made_where_one_must_be(tmp_path: Path) -> None:
-    with pytest.raises(LedgerError, match="the ledger is missing"):
+    with pytest.raises(ChainError, match="the ledger is missing"):
         Ledger(tmp_path / "ledger.db", exists=True)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_threads_that_make_one_ledger_at_once_have_one(tmp_path: Path) -> None:
+    for trial in range(20):
+        path = tmp_path / str(trial) / "ledger.db"
+        with ThreadPoolExecutor(3) as threads:
+            made = list(threads.map(lambda _, where=path: Ledger(where), range(3)))
+        made[0].grant("a", STUDY, PLAN, AMPLE, units=20)
+        assert {each.verify() for each in made} == {3}
+        for each in made:
+            each.close()
+        assert [left.name for left in path.parent.iterdir()] == ["ledger.db"]
+
+
 RELEASE = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from veilgraft_client.ledger import Key, Ledger
 

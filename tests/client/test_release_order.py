@@ -12,7 +12,7 @@ from veilgraft import messages
 from veilgraft.errors import Refusal
 from veilgraft.messages import Envelope, Refused, Release, Request
 from veilgraft.model import head as heads
-from veilgraft.model.features import Features, units
+from veilgraft.model.features import Cohort, units
 from veilgraft.privacy import mechanism
 from veilgraft.study import Study
 from veilgraft_client import training
@@ -80,10 +80,11 @@ def study(algorithm: str = "dp-gd") -> Study:
     return Study.parse(values, name="study.yaml")
 
 
-def features(_: Study) -> Features:
+def features(_: Study) -> Cohort:
     generator = np.random.default_rng(1)
     values = generator.normal(size=(COUNT, DIM)).astype(np.float32)
-    return units(values, torch.from_numpy(generator.integers(0, LABELS, COUNT)))
+    made = units(values, torch.from_numpy(generator.integers(0, LABELS, COUNT)))
+    return Cohort(made, made.select(slice(0)))
 
 
 def vault(tmp_path: Path, ledger: Ledger, contract: Study, seed: int | None = None) -> Vault:
@@ -189,7 +190,7 @@ def test_a_failure_is_unavailable_and_the_same_round_then_succeeds_at_no_further
     assert b"4711" not in failed.header + failed.payload
     assert code(own.handle(request(contract))) is None
     kinds = [entry.kind for entry in ledger.entries("a")]
-    assert kinds == ["grant", "reserve", "retry", "commit"]
+    assert kinds == ["terms", "grant", "reserve", "retry", "commit"]
     assert len(ledger.events("a")) == 1
 
 

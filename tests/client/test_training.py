@@ -1,7 +1,9 @@
 """A site's part of a round: what each step sums, clips, noises and divides by."""
 
+import math
 import pickle
 import random
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ from veilgraft.privacy import mechanism
 from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
 from veilgraft_client import training
-from veilgraft_client.training import Trainer
+from veilgraft_client.training import PrivateOptimizer, Trainer
 
 DIM, LABELS, SIGMA, CLIP = 4, 3, 5.0, 0.25
 MLP = {"type": "mlp", "hidden": [5], "activation": "tanh"}
@@ -249,7 +251,7 @@ def test_one_more_unit_of_several_huge_instances_moves_the_sum_by_the_bound(
 ) -> None:
     held = features(20, instances=3)
     huge = Features(
-        torch.full((1, 3, DIM), 1e6), torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0, 1, 1]])
+        torch.full((1, 3, DIM), 1e4), torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0, 1, 1]])
     )
     for own in (held, joined(held, huge)):
         trainer(study(), own).update(zeros(study()), 1.0, source())
@@ -293,7 +295,7 @@ def test_a_step_of_dp_sgd_takes_each_unit_at_the_priced_rate_and_clips_it_once(
 ) -> None:
     contract, held = sampled(0.2, 100), features(10)
     absent = Features(
-        torch.full((1, 2, DIM), 1e6), torch.zeros(1, 2, dtype=torch.bool), torch.tensor([[0, 1]])
+        torch.full((1, 2, DIM), 1e4), torch.zeros(1, 2, dtype=torch.bool), torch.tensor([[0, 1]])
     )
     present = Features(absent.values, torch.ones_like(absent.mask), absent.targets)
     for last in (absent, present):
@@ -358,11 +360,11 @@ def test_units_in_memory_at_once_do_not_matter(
     steps: list[Step], monkeypatch: pytest.MonkeyPatch, head: dict[str, Any] | None
 ) -> None:
     contract, held = study(head=head), features(5000)
-    for size in (8192, training.PHYSICAL_UNITS, 1024):
-        monkeypatch.setattr(training, "PHYSICAL_UNITS", size)
+    for size in (20_000, training.PHYSICAL_INSTANCES, 1024, 6):
+        monkeypatch.setattr(training, "PHYSICAL_INSTANCES", size)
         trainer(contract, held).update(start(contract), 1.0, source())
-    np.testing.assert_allclose(steps[1].total, steps[0].total, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(steps[2].total, steps[0].total, rtol=0, atol=1e-9)
+    for step in steps:
+        np.testing.assert_allclose(step.total, steps[0].total, rtol=0, atol=1e-9)
     assert np.linalg.norm(steps[0].total) > CLIP
 
 
@@ -391,3 +393,181 @@ def test_no_global_generator_is_touched(algorithm: str) -> None:
     with source() as own:
         trainer(contract, features()).update(start(contract), 1.0, own)
     assert global_states() == before
+
+
+@pytest.fixture
+def units_gradients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Every batch of per-unit gradients that reaches the clipping, `(units, size)`, in order."""
+    seen: list[torch.Tensor] = []
+    real = mechanism.clipped_sum
+
+    def watched(grads: Sequence[torch.Tensor], clip_norm: float) -> torch.Tensor:
+        seen.append(torch.cat([grad.flatten(1) for grad in grads], 1))
+        return real(grads, clip_norm)
+
+    monkeypatch.setattr(mechanism, "clipped_sum", watched)
+    return seen
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's threads for the test."""
+    usual = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(usual)
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "wide": {"type": "mlp", "hidden": [96, 70]},
+    **{
+        f"{activation}, {len(hidden)} hidden": {
+            "type": "mlp",
+            "hidden": hidden,
+            "activation": activation,
+        }
+        for activation in ("relu", "gelu", "tanh")
+        for hidden in ([5], [7, 5])
+    },
+}
+
+
+def gradients(contract: Study, held: Features, seen: list[torch.Tensor]) -> torch.Tensor:
+    """The per-unit gradients of one round from `start`, `(units, size)`."""
+    seen.clear()
+    trainer(contract, held).update(start(contract), 1.0, source())
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+@pytest.mark.parametrize("instances", [1, 3])
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_a_units_gradient_is_the_same_to_the_last_bit_whoever_else_is_there(
+    units_gradients: list[torch.Tensor],
+    threads: Callable[[int], None],
+    head: dict[str, Any],
+    instances: int,
+    task: str,
+) -> None:
+    threads(1)
+    contract, held = study(head=head, task=task), features(2000, instances=instances, task=task)
+    together = gradients(contract, held, units_gradients)
+    for first, last in ((1, 2000), *((70 - count, 70) for count in range(1, 71))):
+        fewer = gradients(contract, held.select(slice(first, last)), units_gradients)
+        assert torch.equal(fewer, together[first:last])
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_a_units_gradient_is_the_same_to_the_last_bit_on_any_number_of_threads(
+    units_gradients: list[torch.Tensor], threads: Callable[[int], None], head: dict[str, Any]
+) -> None:
+    contract, held = study(head=head, task="multilabel"), features(2000, task="multilabel")
+    threads(1)
+    together = gradients(contract, held, units_gradients)
+    for count in (2, 3):
+        threads(count)
+        fewer = gradients(contract, held.select(slice(1, 2000)), units_gradients)
+        assert torch.equal(fewer, together[1:])
+
+
+def cancelling(
+    count: int, dim: int, hidden: list[int], labels: int
+) -> tuple[Features, dict[str, Array]]:
+    """Units and a head as large as may be whose first outputs cancel: rounding is what is left."""
+    generator = np.random.default_rng([count, dim, labels])
+    draw, half, order = generator.uniform, dim // 2, generator.permutation(dim // 2)
+    contract = study(head={"type": "mlp", "hidden": hidden}, labels=labels)
+    head = zeros(contract, dim)
+    first, *others = (name for name in head if name.endswith("weight"))
+    columns = draw(-training.LARGEST, training.LARGEST, (len(head[first]), half))
+    head[first] = np.concatenate([columns, -columns[:, order]], 1)
+    for name in others:
+        head[name] = generator.choice([-training.LARGEST, training.LARGEST], head[name].shape)
+    values = draw(-training.LARGEST, training.LARGEST, (count, half))
+    values = np.concatenate([values, values[:, order]], 1)
+    return units(
+        values.astype(np.float32), torch.from_numpy(generator.integers(0, labels, count))
+    ), head
+
+
+@pytest.mark.parametrize(("count", "hidden"), [(60, [64]), (60, [64, 64]), (301, [256])])
+def test_no_unit_moves_the_others_gradients_through_a_head_made_to_amplify_rounding(
+    steps: list[Step], count: int, hidden: list[int]
+) -> None:
+    contract = study(head={"type": "mlp", "hidden": hidden}, labels=2)
+    held, head = cancelling(count, 96, hidden, 2)
+    trainer(contract, held).update(head, 1.0, source())
+    for gone in range(12):
+        kept = held.select(torch.arange(count) != gone)
+        trainer(contract, kept).update(head, 1.0, source())
+        assert np.linalg.norm(steps[-1].total - steps[0].total) <= CLIP
+
+
+def test_one_unit_does_not_move_anothers_gradient_through_a_linear_head_made_to_round(
+    steps: list[Step],
+) -> None:
+    """Terms that cancel but for their rounding, which moves one unit along the other's gradient.
+
+    The last feature tells the other unit's outputs and leaves the rounding as it is.
+    """
+    contract, half, generator = study(), 1023, np.random.default_rng(0)
+    value = training.LARGEST * (1 - 1e-3 * generator.random())
+    weights = training.LARGEST * generator.uniform(0.9, 1, (LABELS, 1)) * np.ones(half)
+    tilt = np.array([[0.0], [1e3], [0.0]])
+    values = np.full((2, 2 * half + 1), value, np.float32)
+    values[:, -1] = 0, 1
+    held = units(values, torch.tensor([2, 0]))
+    head = {
+        "linear0.weight": np.concatenate([weights, -weights, tilt], 1),
+        "linear0.bias": np.zeros(LABELS),
+    }
+    for own in (held, held.select(slice(1))):
+        trainer(contract, own).update(head, 1.0, source())
+    assert np.linalg.norm(steps[0].total - steps[1].total) <= CLIP
+
+
+def test_small_batches_are_added_up_so_that_rounding_stays_within_its_bound(
+    steps: list[Step],
+) -> None:
+    """Units too small to be seen beside the first: in one running sum all of them would be lost."""
+    parameter, small, count = torch.nn.Parameter(torch.zeros(1).double()), 2.0**-56, 5000
+    sgd = torch.optim.SGD([parameter], lr=1.0)
+    optimizer = PrivateOptimizer(sgd, SIGMA, CLIP, 1.0, source())
+    for value in (CLIP / 2, *[small] * count):
+        parameter.grad_sample = torch.tensor([[value]], dtype=torch.float64)  # type: ignore[attr-defined]
+        optimizer.clip_and_accumulate()
+    optimizer.add_noise()
+    # Those in the first unit's partial sum are lost, and no more.
+    lost = CLIP / 2 + count * small - steps[0].total[0]
+    assert 0 < lost < 1100 * small
+
+
+@pytest.mark.parametrize("head", [None, MLP], ids=["linear", "mlp"])
+@pytest.mark.parametrize("instances", [1, 2, 50])
+def test_gradients_in_memory_at_once_are_bounded(
+    units_gradients: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    head: dict[str, Any] | None,
+    instances: int,
+) -> None:
+    monkeypatch.setattr(training, "PHYSICAL_NUMBERS", 1000)
+    contract, held = study(head=head), features(300, instances=instances)
+    trainer(contract, held).update(start(contract), 1.0, source())
+    assert sum(len(batch) for batch in units_gradients) == 300
+    for batch in units_gradients:
+        assert len(batch) == 1 or batch.numel() * instances <= 1000
+
+
+@pytest.mark.parametrize("value", [1.001 * training.LARGEST, 1e30, math.inf, math.nan])
+def test_a_unit_with_a_number_too_large_counts_for_nothing_and_the_site_is_told(
+    steps: list[Step], value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = features(20)
+    held.mask[3, 0] = True
+    spoilt = Features(held.values.clone(), held.mask, held.targets)
+    spoilt.values[3, 0, 1] = value
+    without = held.select(torch.arange(20) != 3)
+    for own in (spoilt, without):
+        trainer(study(), own).update(zeros(study()), 1.0, source())
+    assert np.array_equal(steps[0].total, steps[1].total)
+    assert "1 units count for nothing" in caplog.text

@@ -12,8 +12,8 @@ from veilgraft import messages
 from veilgraft.errors import Refusal, RefusedError
 from veilgraft.messages import Envelope, Hello, Here, Refused, Release, Request
 from veilgraft.model import head as heads
-from veilgraft.model.features import Features, units
-from veilgraft.study import Study
+from veilgraft.model.features import Cohort, Features, units
+from veilgraft.study import DataSource, Study
 from veilgraft_client.ledger import Ledger
 from veilgraft_client.policy import Limits, Site
 from veilgraft_client.vault import Vault
@@ -54,7 +54,8 @@ def vault(tmp_path: Path, held: Features | None = None, **options: Any) -> Vault
     seed = options.pop("seed", None)
     ledger = Ledger(tmp_path / "state" / "ledger.db")
     own = features() if held is None else held
-    return Vault(site(tmp_path, **options), ledger, lambda _: own, seed=seed)
+    cohort = Cohort(own, features(0))
+    return Vault(site(tmp_path, **options), ledger, lambda _: cohort, seed=seed)
 
 
 def request(contract: Study, round_: int = 1, fill: float = 0.0, **changes: Any) -> Envelope:
@@ -115,6 +116,9 @@ def test_two_vaults_never_give_the_same_noise(tmp_path: Path) -> None:
         ({"round_": 4}, Refusal.REQUEST_INVALID),
         ({"head": "sha256:" + "f" * 64}, Refusal.HEAD_INVALID),
         ({"fill": float("nan")}, Refusal.HEAD_INVALID),
+        ({"fill": 10_001.0}, Refusal.HEAD_INVALID),
+        ({"kind": "evaluation"}, Refusal.REQUEST_INVALID),
+        ({"kind": "label-counts", "round_": 0}, Refusal.REQUEST_INVALID),
     ],
 )
 def test_what_does_not_fit_the_study_is_refused_and_costs_nothing(
@@ -140,7 +144,7 @@ def test_an_error_inside_leaves_as_a_code_and_its_text_stays(
 ) -> None:
     secret = "patient 4711"
 
-    def broken(_: Study) -> Features:
+    def broken(_: Study) -> Cohort:
         raise RuntimeError(secret)
 
     contract = study()
@@ -174,7 +178,7 @@ def test_a_round_that_was_released_for_another_head_is_a_conflict(
         ({"privacy": {}, "training": {"algorithm": "none", "rounds": 1, "learning_rate": 1}}, {}),
         ({}, {"seed": 1}),
         ({}, {"limits": {"max_epsilon": 1.0}}),
-        ({}, {"limits": {"max_epsilon": 50.0, "delta": 1e-6}}),
+        ({}, {"limits": {"max_epsilon": 50.0, "delta": 1.9e-5}}),
         ({}, {"limits": {"max_epsilon": 50.0, "min_units": 21}}),
         ({}, {"limits": {"max_epsilon": 50.0, "studies": ["sha256:" + "1" * 64]}}),
         ({}, {"limits": {"max_epsilon": 50.0, "backbones": ["sha256:" + "1" * 64]}}),
@@ -249,12 +253,71 @@ def test_a_unit_that_is_not_finite_leaves_no_trace(tmp_path: Path) -> None:
     assert not np.allclose(updates[0]["linear0.bias"], updates[1]["linear0.bias"], atol=1e-6)
 
 
+def test_units_that_are_held_out_are_never_trained_on(tmp_path: Path) -> None:
+    contract = study(privacy={}, training={"algorithm": "none", "rounds": 1, "learning_rate": 1.0})
+    spoilt = features(7)
+    spoilt.values[:] = 1e3
+
+    def updated(name: str, cohort: Cohort) -> bytes:
+        ledger = Ledger(tmp_path / name / "ledger.db")
+        made = Vault(site(tmp_path, data_is_public=True), ledger, lambda _: cohort)
+        made.approve(contract)
+        return made.handle(request(contract)).payload
+
+    one, other = Cohort(features(), features(7)), Cohort(features(), spoilt)
+    assert updated("one", one) == updated("other", other)
+
+
+def test_units_that_are_trained_on_are_never_evaluated_on(tmp_path: Path) -> None:
+    contract = study(
+        privacy={},
+        training={"algorithm": "none", "rounds": 1, "learning_rate": 1.0},
+        evaluation={"private": {"share": 0.1}, "label_counts": {"share": 0.1}},
+    )
+    held = Vault(
+        site(tmp_path, data_is_public=True, held_out=0.25),
+        Ledger(tmp_path / "ledger.db"),
+        lambda _: Cohort(features(20), features(7)),
+    )
+    held.approve(contract)
+    evaluated = held.handle(request(contract, kind="evaluation"))
+    sums = messages.unpack(evaluated.payload, {"sums": (3,)})["sums"]
+    assert sums[2] == 7
+    payload = messages.pack({})
+    counted = request(contract, 0, kind="label-counts", head=messages.digest(payload))
+    answer = held.handle(Envelope(counted.header, payload))
+    assert messages.unpack(answer.payload, {"sums": (3,)})["sums"].sum() == 27
+
+
+def test_the_declared_size_of_the_training_part_divides_an_update(tmp_path: Path) -> None:
+    contract = study(privacy={}, training={"algorithm": "none", "rounds": 1, "learning_rate": 1.0})
+    sums = []
+    for share in (0.0, 0.5):
+        own = vault(tmp_path / str(share), data_is_public=True, held_out=share)
+        own.approve(contract)
+        payload = own.handle(request(contract)).payload
+        sums.append(messages.unpack(payload, heads.shapes(contract.head, DIM, 3)))
+    for name, array in sums[0].items():
+        np.testing.assert_allclose(2 * array, sums[1][name])
+
+
+def test_a_ledger_counts_by_the_column_that_the_site_names(tmp_path: Path) -> None:
+    person = {"noise_multiplier": 5.0, "unit": "patient", "max_instances": 1}
+    own = vault(tmp_path, data={"path": "x.csv", "unit": "PID", "unit_type": "integer"})
+    own.approve(study(privacy=person))
+    assert own.ledger.terms("a").unit == "PID, as integer"
+    own.approve(study(privacy={**person, "unit": "patient_id"}))
+    own.site = own.site.model_copy(update={"data": DataSource(path=Path("x.csv"), unit="visit")})
+    with pytest.raises(RefusedError, match="counts by PID, as integer, for life"):
+        own.approve(study(privacy={**person, "noise_multiplier": 6.0}))
+
+
 def test_a_site_names_itself(tmp_path: Path) -> None:
     hello = Envelope(Hello(study="sha256:" + "0" * 64, run="r").encode())
     assert Here.decode(vault(tmp_path).handle(hello).header).site == "a"
 
 
 def test_limits_are_a_person_s_to_set(tmp_path: Path) -> None:
-    assert Limits(max_epsilon=1.0).delta == 1e-5
+    assert Limits(max_epsilon=1.0).delta == 2e-5
     with pytest.raises(Exception, match="max_epsilom: unknown key; did you mean 'max_epsilon'"):
         site(tmp_path, limits={"max_epsilom": 1.0})

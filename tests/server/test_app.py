@@ -24,7 +24,7 @@ Answer = Callable[[Request, Envelope], Envelope]
 DIM = 2
 
 
-def study(quorum: int = 1, **training: Any) -> Study:
+def study(quorum: int = 1, evaluation: dict[str, Any] | None = None, **training: Any) -> Study:
     return Study.parse(
         {
             "name": "s",
@@ -34,6 +34,7 @@ def study(quorum: int = 1, **training: Any) -> Study:
             "privacy": {"noise_multiplier": 1.0},
             "training": {"algorithm": "dp-gd", "rounds": 2, "learning_rate": 1.0, **training},
             "aggregation": {"quorum": quorum, "timeout": 0.3, "max_update_norm": 10.0},
+            "evaluation": evaluation or {},
         },
         name="s",
     )
@@ -64,9 +65,12 @@ def sites(*answers: Answer) -> ClientApp:
 
     @app.query()  # type: ignore[untyped-decorator]
     def hello(message: Message, context: Any) -> Message:
+        if b'"label-counts"' in messages.from_record(message.content).header:
+            return train(message, context)
         name = f"site-{context.node_config['partition-id']}"
         return Message(messages.to_record(Envelope(Here(site=name).encode())), reply_to=message)
 
+    @app.evaluate()  # type: ignore[untyped-decorator]
     @app.train()  # type: ignore[untyped-decorator]
     def train(message: Message, context: Any) -> Message:
         asked = messages.from_record(message.content)
@@ -96,8 +100,8 @@ def run(
 
 
 def weight(tmp_path: Path, contract: Study) -> float:
-    state, _ = checkpoint.load(tmp_path / "checkpoint.safetensors", contract.digest)
-    return float(state.head["linear0.weight"][0, 0])
+    progress = checkpoint.load(tmp_path / "checkpoint.safetensors", contract.digest)
+    return float(progress.state.head["linear0.weight"][0, 0])
 
 
 def test_releases_are_averaged_round_by_round(tmp_path: Path) -> None:
@@ -163,8 +167,8 @@ def test_below_quorum_the_run_stops_and_keeps_the_rounds_before(tmp_path: Path) 
 
     with pytest.raises(QuorumError, match=r"round 2: 1 valid releases, aggregation.quorum is 2"):
         run(tmp_path, contract, good(1.0), fails_later)
-    state, history = checkpoint.load(tmp_path / "checkpoint.safetensors", contract.digest)
-    assert state.round == len(history) == 1
+    progress = checkpoint.load(tmp_path / "checkpoint.safetensors", contract.digest)
+    assert progress.state.round == len(progress.history) == 1
 
 
 def test_too_few_nodes_are_waited_for_and_no_longer_than_the_timeout(tmp_path: Path) -> None:
@@ -198,3 +202,96 @@ def test_plateau_is_driven_by_the_public_accuracy(tmp_path: Path) -> None:
     contract = study(rounds=6, schedule="plateau", patience=2)
     run(tmp_path, contract, seen, accuracy=0.5)
     assert rates == [1.0, 1.0, 1.0, 0.5, 0.5, 0.25]
+
+
+MEASURED = {"private": {"noise_multiplier": 0.01, "every": 2}}
+
+
+def measuring(sums: Callable[[int], list[float]]) -> Answer:
+    """Answer evaluations with these sums, and all else with updates of zero."""
+
+    def answer(request: Request, asked: Envelope) -> Envelope:
+        if request.kind == "update":
+            return released(request, asked, update(0.0))
+        return released(request, asked, messages.pack({"sums": np.array(sums(request.round))}))
+
+    return answer
+
+
+def test_sites_are_asked_to_evaluate_when_the_study_says_so(tmp_path: Path) -> None:
+    contract = study(evaluation=MEASURED, rounds=5)
+    one, other = measuring(lambda _: [30.0, 5.0, 40.0]), measuring(lambda _: [50.0, 5.0, 60.0])
+    told = run(tmp_path, contract, one, other)
+    assert [round_.accuracy is None for round_ in told] == [True, False, True, False, False]
+    assert told[1].accuracy == pytest.approx(0.8)
+    assert told[1].loss == pytest.approx(0.4)
+    assert told[1].low is not None
+    assert told[1].high is not None
+    assert 0.7 < told[1].low < 0.8 < told[1].high < 0.9
+
+
+def test_the_head_that_is_evaluated_is_the_one_that_would_be_exported(tmp_path: Path) -> None:
+    contract, heads = study(evaluation=MEASURED), []
+
+    def seen(request: Request, asked: Envelope) -> Envelope:
+        if request.kind == "update":
+            return released(request, asked, update(float(request.round)))
+        heads.append(
+            messages.unpack(asked.payload, {"linear0.weight": (2, DIM), "linear0.bias": (2,)})
+        )
+        return released(request, asked, messages.pack({"sums": np.array([1.0, 1.0, 2.0])}))
+
+    run(tmp_path, contract, seen)
+    # After two rounds: steps of -1 and -2, and the last iterate alone is averaged.
+    assert heads[0]["linear0.weight"][0, 0] == -3.0
+
+
+@pytest.mark.parametrize(
+    "sums",
+    [[1.0, 2.0], [float("nan"), 1.0, 1.0], [1e9, 0.0, 10.0]],
+    ids=["another shape", "not a number", "more units than a site may have"],
+)
+def test_a_bad_evaluation_is_left_out(tmp_path: Path, sums: list[float]) -> None:
+    contract = study(evaluation=MEASURED)
+    told = run(
+        tmp_path, contract, measuring(lambda _: [30.0, 5.0, 40.0]), measuring(lambda _: sums)
+    )
+    assert told[1].accuracy == 0.75
+    assert told[1].dropped == 0
+    (tmp_path / "alone").mkdir()
+    alone = run(tmp_path / "alone", contract, measuring(lambda _: sums))
+    assert alone[1].accuracy is None
+
+
+def test_plateau_is_driven_by_the_private_accuracy(tmp_path: Path) -> None:
+    rates: list[float] = []
+    sums = measuring(lambda round_: [30.0 if round_ > 2 else 20.0, 5.0, 40.0])
+
+    def seen(request: Request, asked: Envelope) -> Envelope:
+        if request.kind == "update":
+            rates.append(request.rate)
+        return sums(request, asked)
+
+    contract = study(
+        evaluation={"private": {"noise_multiplier": 1e-3, "every": 1}},
+        rounds=6, schedule="plateau", patience=2,
+    )  # fmt: skip
+    run(tmp_path, contract, seen)
+    # .5, .5, .75 and then nothing better: halved before the sixth round.
+    assert rates == [1.0, 1.0, 1.0, 1.0, 1.0, 0.5]
+
+
+def test_labels_are_counted_once_before_the_first_round(tmp_path: Path) -> None:
+    contract = study(evaluation={"label_counts": {"noise_multiplier": 1.0}})
+    asked: list[tuple[str, int]] = []
+
+    def seen(request: Request, envelope: Envelope) -> Envelope:
+        asked.append((request.kind, request.round))
+        if request.kind == "update":
+            return released(request, envelope, update(0.0))
+        return released(request, envelope, messages.pack({"sums": np.array([3.5, -0.25])}))
+
+    run(tmp_path, contract, seen)
+    assert asked == [("label-counts", 0), ("update", 1), ("update", 2)]
+    progress = checkpoint.load(tmp_path / "checkpoint.safetensors", contract.digest)
+    assert progress.labels == {"site-0": [3.5, -0.25]}

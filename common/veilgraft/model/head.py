@@ -58,7 +58,12 @@ def initial(
 
 
 def module(
-    spec: contract.Head, dim: int, outputs: int, keep: "Draw | None" = None
+    spec: contract.Head,
+    dim: int,
+    outputs: int,
+    keep: "Draw | None" = None,
+    *,
+    rowwise: bool = False,
 ) -> "nn.Sequential":
     """Return the head as an uninitialised float64 module on `(..., dim)`, giving `(..., outputs)`.
 
@@ -67,18 +72,25 @@ def module(
             dropout; without it there is no dropout. Where the head is trained privately they
             must be as unpredictable as the noise: with a mask that an observer could enumerate,
             one unit more or less would shift everybody's mask, and so move every gradient.
+        rowwise: compute each instance by itself, to the last bit, forward and backward, as
+            privacy needs it (`model.rowwise`). Neither the parameters nor what the head is given
+            then get a gradient from autograd; Opacus forms the units'.
     """
     import torch
     from torch import nn
 
-    activations = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
+    from veilgraft.model.rowwise import Gelu, RowLinear
+
+    activations = {"relu": nn.ReLU, "gelu": Gelu if rowwise else nn.GELU, "tanh": nn.Tanh}
     head = nn.Sequential()
     layers = _layers(spec, dim, outputs)
     for index, (inputs, units) in enumerate(layers):
         # nn.Linear would draw its start from torch's global generator.
         linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-            nn.Linear, inputs, units, dtype=torch.float64
+            RowLinear if rowwise else nn.Linear, inputs, units, dtype=torch.float64
         )
+        if rowwise:
+            linear.first = index == 0
         head.add_module(f"linear{index}", linear)
         if index < len(layers) - 1:
             head.add_module(f"activation{index}", activations[spec.activation]())

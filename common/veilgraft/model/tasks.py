@@ -39,12 +39,19 @@ def probabilities(task: TaskType, outputs: Tensor) -> Tensor:
     return outputs.sigmoid() if task == "multilabel" else outputs.softmax(-1)
 
 
+def correct(task: TaskType, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return how right each instance is, from 0 to 1, float64 `(units, instances)`.
+
+    For several labels: the share of right label decisions at probability 1/2.
+    """
+    if task == "multilabel":
+        return ((outputs > 0) == (targets > 0)).to(torch.float64).mean(-1)
+    return (outputs.argmax(-1) == targets).to(torch.float64)
+
+
 def score(task: TaskType, outputs: Tensor, targets: Tensor, mask: Tensor) -> Score:
     """Return accuracy and loss over the instances that `mask` keeps."""
-    if task == "multilabel":
-        right = ((outputs > 0) == (targets > 0)).to(torch.float64).mean(-1)
-    else:
-        right = (outputs.argmax(-1) == targets).to(torch.float64)
+    right = correct(task, outputs, targets)
     losses = instance_losses(task, outputs, targets)
     count = int(mask.sum())
     return Score(float(right[mask].sum()) / count, float(losses[mask].sum()) / count, count)

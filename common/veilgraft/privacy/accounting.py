@@ -6,9 +6,8 @@ neighbours unless it says otherwise. It is always an upper bound: exact to round
 is sampled, else from a privacy loss distribution (PLD) rounded against us, which comes out about
 0.1% high.
 
-- Settings fixed in advance: `epsilon`, `epsilons`, `noise_multiplier`; `rdp_epsilon` cross-checks.
-- Settings that may depend on earlier results: `filter_epsilon` at an order fixed beforehand, or
-  `gaussian_filter_epsilon` where nothing is sampled.
+All events' settings are fixed in advance here; `filters.py` prices those that may depend on
+earlier results. `rdp_epsilon` cross-checks.
 
 | events | ε |
 |---|---|
@@ -20,10 +19,16 @@ is sampled, else from a privacy loss distribution (PLD) rounded against us, whic
 import enum
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from itertools import chain, islice
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
 
 
 class Adjacency(enum.Enum):
@@ -63,11 +68,14 @@ class Event:
             raise ValueError(f"steps: expected a whole number above 0, got {self.steps!r}")
 
 
-_FULL_BATCH = Event(1.0)
 # The library squares it; noise beyond is priced as if it were this.
 _MOST_NOISE = 1e9
+# e to the power of the grid's interval must stay a float.
+_WIDEST = 512.0
+# Above any loss on such a grid.
+_BEYOND = 1e9
 # Whole orders, for which the sampled Gaussian's divergence is a finite sum; about 9% apart.
-_ORDERS = tuple(sorted({round(2 ** (k / 8)) for k in range(8, 73)}))
+ORDERS = tuple(sorted({round(2 ** (k / 8)) for k in range(8, 73)}))
 
 
 def epsilon(
@@ -77,8 +85,9 @@ def epsilon(
 
     The events' settings must have been fixed before the first of them; their order makes no
     difference, to the last bit. Where nothing is sampled the value is exact, and replace-one
-    doubles μ. Else it is dp-accounting's PLD (Doroshenko et al. 2022, *Connect the Dots*) with
-    all full-batch events as one Gaussian, and replace-one is the library's own relation.
+    doubles μ. Else it is a PLD, put on a grid (Doroshenko et al. 2022, *Connect the Dots*) and
+    composed by dp-accounting, with all full-batch events as one Gaussian; replace-one is then the
+    library's relation of that name.
 
     Raises:
         ValueError: `delta` outside (0, 1), or below 1e-10 where something is sampled: there the
@@ -93,36 +102,45 @@ def epsilon(
     """
     mu, sampled = _merged(events)
     _check_delta(delta, sampled)
-    if sampled:
-        return float(_loss(mu, sampled, adjacency).get_epsilon_for_delta(delta))
-    return _gaussian_epsilon(2 * mu if adjacency is Adjacency.REPLACE_ONE else mu, delta)
+    if not sampled:
+        return _exact(mu, delta, adjacency)
+    interval = _interval(mu, sampled)
+    if interval > _WIDEST:
+        return math.inf
+    loss = _composed([_event_loss(event, interval, adjacency) for event in sampled])
+    return _with_gaussian(loss, mu, delta, interval, adjacency)
 
 
 def epsilons(
-    per_round: Event, rounds: int, delta: float, adjacency: Adjacency = Adjacency.ADD_REMOVE
+    rounds: Sequence[Sequence[Event]], delta: float, adjacency: Adjacency = Adjacency.ADD_REMOVE
 ) -> list[float]:
-    """Return the running ε after 1, 2, …, `rounds` rounds of one event each.
+    """Return the running ε after each of `rounds`, which hold each round's events.
 
-    Entry k is the `epsilon` of k rounds, to a relative 1e-6; a sampled round is added to the sum
-    of those before.
+    Entry k is the `epsilon` of all events of the first k rounds: to the last bit where nothing is
+    sampled, else, on the same grid, to a relative 1e-5 for up to a thousand rounds and a `delta`
+    of 1e-8 or more. A round without events costs nothing more. As sampled ε are high by an amount
+    that depends on all events, a round that costs next to nothing can lower the value, by less
+    than that 0.1%.
 
     Raises:
         ValueError: as `epsilon`.
 
-    >>> [round(e, 2) for e in epsilons(Event(10.0), rounds=3, delta=1e-5)]
+    >>> [round(e, 2) for e in epsilons([[Event(10.0)]] * 3, delta=1e-5)]
     [0.34, 0.5, 0.62]
+    >>> plan = [[Event(20.0), Event(1.0, 0.1, 5)], [], [Event(1.0, 0.1, 5), Event(30.0)]]
+    >>> [round(e, 2) for e in epsilons(plan, delta=1e-5)]
+    [2.36, 2.36, 2.86]
     """
-    mu, sampled = _merged([per_round])
-    if not sampled:
-        sigma, steps = per_round.noise_multiplier, per_round.steps
-        totals = (Event(sigma, steps=steps * k) for k in range(1, rounds + 1))
-        return [epsilon([total], delta, adjacency) for total in totals]
-    _check_delta(delta, sampled)
-    one_round = total = _loss(mu, sampled, adjacency)
-    running = []
-    for _ in range(rounds):
-        running.append(float(total.get_epsilon_for_delta(delta)))
-        total = total.compose(one_round)
+    totals = [_merged(chain.from_iterable(rounds[: k + 1])) for k in range(len(rounds))]
+    _check_delta(delta, [event for _, sampled in totals for event in sampled])
+    running = [math.inf if sampled else _exact(mu, delta, adjacency) for mu, sampled in totals]
+    intervals = [_interval(*total) if total[1] else math.inf for total in totals]
+    for interval in set(intervals):
+        if interval <= _WIDEST:
+            losses = _running_losses(rounds, interval, adjacency)
+            for k, loss in enumerate(islice(losses, _last(intervals, interval))):
+                if intervals[k] == interval:
+                    running[k] = _with_gaussian(loss, totals[k][0], delta, interval, adjacency)
     return running
 
 
@@ -174,9 +192,10 @@ def noise_multiplier(
 def rdp_epsilon(events: Iterable[Event], delta: float) -> float:
     """Return the ε that dp-accounting's Rényi accountant gives at its best whole order.
 
-    A cross-check on `epsilon` by another road, never below it. It is at most 25% above where ε is
-    at most 10, the noise at least 0.9, the sample rate at least 0.02 and a unit takes part in five
-    steps or more on average; where few are sampled under little noise, up to 80% has been seen.
+    A cross-check on `epsilon` by another road, never below it. It is at most 25% above where
+    `delta` is at most 1e-5, ε from 0.05 to 10, and each event has noise of at least 0.9, a sample
+    rate of at least 0.02 and five steps or more, on average, for each unit; where few are sampled
+    under little noise, up to 80% has been seen.
 
     >>> round(rdp_epsilon([Event(10.0, steps=50)], delta=1e-5), 2)
     3.19
@@ -184,97 +203,10 @@ def rdp_epsilon(events: Iterable[Event], delta: float) -> float:
     _check_delta(delta)
     from dp_accounting.rdp import RdpAccountant
 
-    accountant = RdpAccountant(_ORDERS)
+    accountant = RdpAccountant(ORDERS)
     for event in events:
         accountant.compose(_dp_event(event), event.steps)
     return float(accountant.get_epsilon(delta))
-
-
-def renyi(events: Iterable[Event], order: int) -> float:
-    """Return the Rényi divergence of whole `order`, 2 or more, that bounds all `events` together.
-
-    At full batch it is `order` / 2σ² a step (Mironov 2017, Proposition 7), else that of the
-    sampled Gaussian (Mironov, Talwar & Zhang 2019, section 3.3), from dp-accounting. Its series
-    for fractional orders often fails to converge, so those are not taken.
-
-    >>> round(renyi([Event(10.0, steps=50)], order=8), 3)
-    2.0
-    """
-    if not isinstance(order, int) or order < 2:
-        raise ValueError(f"order: expected a whole number above 1, got {order!r}")
-    return math.fsum(
-        event.steps * _step_renyi(event.noise_multiplier, event.sample_rate, order)
-        for event in events
-    )
-
-
-def filter_epsilon(events: Iterable[Event], delta: float, order: int) -> float:
-    """Return the ε of `events` at one fixed Rényi `order`, to hold against a cap.
-
-    Guarantee: if a release is made only while this value, with the release's own event, is at
-    most a cap, then all that is ever released is (cap, `delta`)-differentially private, even
-    though each event's settings may be chosen from the results of earlier ones. Cap, `delta` and
-    `order` are fixed first and never change. The value itself, read at a moment that results
-    helped to choose, guarantees nothing; the cap does.
-
-    That Rényi parameters of one order may be chosen adaptively under a fixed sum: Feldman & Zrnic
-    2021, *Individual Privacy Accounting via a Rényi Filter*; Lécuyer 2021, *Practical Privacy
-    Filters and Odometers with Rényi Differential Privacy*. The conversion: Canonne, Kamath &
-    Steinke 2020, Proposition 12. The value is never below `epsilon` of the same events.
-
-    >>> round(filter_epsilon([Event(10.0, steps=50)], delta=1e-5, order=8), 2)
-    3.21
-    """
-    _check_delta(delta)
-    divergence = renyi(events, order)
-    return max(0.0, divergence + _price(delta, order)) if divergence else 0.0
-
-
-def filter_order(epsilon_cap: float, delta: float, planned: Event = _FULL_BATCH) -> int:
-    """Return the order to fix for `filter_epsilon` when a ledger is made.
-
-    Of some fifty whole orders from 2 to 512 it is the one under which the cap admits the most
-    repetitions of `planned`: the largest (cap - price of conversion) / (divergence of `planned`).
-    At full batch noise cancels out, so any such event stands for all. Sampling makes it matter:
-    an order that suits full batch can price steps that sample few under little noise a hundred
-    times too high.
-
-    Raises:
-        ValueError: under so small a cap no order admits anything.
-
-    >>> filter_order(epsilon_cap=8.0, delta=1e-5)
-    4
-    """
-    _check_delta(delta)
-
-    def admitted(order: int) -> float:
-        return (epsilon_cap - _price(delta, order)) / renyi([planned], order)
-
-    best = max(_ORDERS, key=admitted)
-    if not admitted(best) > 0:
-        raise ValueError(f"epsilon_cap: expected enough for one release, got {epsilon_cap!r}")
-    return best
-
-
-def gaussian_filter_epsilon(events: Iterable[Event], delta: float) -> float:
-    """Return the exact ε of full-batch `events`, to hold against a cap.
-
-    Guarantee: that of `filter_epsilon`, at no loss. Gaussian differential privacy adds up Σμ² for
-    adaptively chosen noise as for a fixed plan (Smith & Thakurta 2022, *Fully Adaptive Composition
-    for Gaussian Differential Privacy*; Koskela, Tobaben & Honkela 2023, *Individual Privacy
-    Accounting with Gaussian Differential Privacy*).
-
-    Raises:
-        ValueError: an event is sampled, which this class of mechanisms does not hold.
-
-    >>> round(gaussian_filter_epsilon([Event(10.0, steps=50)], delta=1e-5), 3)
-    2.943
-    """
-    _check_delta(delta)
-    mu, sampled = _merged(events)
-    if sampled:
-        raise ValueError(f"events: expected sample_rate 1, got {sampled[0]}")
-    return _gaussian_epsilon(mu, delta)
 
 
 def _check_delta(delta: float, sampled: Sequence[Event] = ()) -> None:
@@ -306,6 +238,10 @@ def _log_delta(mu: float, eps: float) -> float:
     # e^ε Φ(-b) = exp(-a²/2) erfcx(b/√2) / 2, without the large terms that would cancel.
     second = -a * a / 2 + math.log(float(erfcx(b / math.sqrt(2))) / 2)
     return first + math.log(-math.expm1(second - first)) if second < first else -math.inf
+
+
+def _exact(mu: float, delta: float, adjacency: Adjacency) -> float:
+    return _gaussian_epsilon(2 * mu if adjacency is Adjacency.REPLACE_ONE else mu, delta)
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
@@ -360,37 +296,106 @@ def _crossing(excess: Callable[[float], float], near: float) -> float:
     return math.exp(root)
 
 
-def _loss(mu: float, sampled: Sequence[Event], adjacency: Adjacency) -> Any:
-    """Return the distribution of the privacy loss of all that `_merged` returned."""
-    interval = _interval(mu, sampled)
-    if interval > 512:  # e^interval must stay a float
-        from dp_accounting.pld import common, privacy_loss_distribution
-
-        certain = common.DifferentialPrivacyParameters(epsilon=0.0, delta=1.0)
-        return privacy_loss_distribution.from_privacy_parameters(certain)
-    events = [*sampled, Event(1 / mu)] if mu else sampled
-    losses = [_event_loss(event, interval, adjacency) for event in events]
+def _composed(losses: Iterable[Any]) -> Any:
     return reduce(lambda total, loss: total.compose(loss), losses)
+
+
+def _with_gaussian(
+    loss: Any, mu: float, delta: float, interval: float, adjacency: Adjacency
+) -> float:
+    """Return the ε of a loss distribution together with all full-batch events, as one Gaussian."""
+    if mu:
+        loss = loss.compose(_one_step_loss(Event(1 / mu), interval, adjacency))
+    with np.errstate(over="ignore"):
+        found = float(loss.get_epsilon_for_delta(delta))
+    if math.isfinite(found) or loss.get_delta_for_epsilon(_BEYOND) > delta:
+        return found
+    # The library divides by e^-ε, which runs out of floats near 700.
+    return _smallest(lambda eps: loss.get_delta_for_epsilon(eps) <= delta, 700.0)
+
+
+def _running_losses(
+    rounds: Iterable[Iterable[Event]], interval: float, adjacency: Adjacency
+) -> Iterator[Any]:
+    """Yield the loss distribution of the sampled events so far, after each round; at first None."""
+    total = None
+    for events in rounds:
+        new = [_event_loss(event, interval, adjacency) for event in _merged(events)[1]]
+        if new:
+            total = _composed(new if total is None else [total, *new])
+        yield total
+
+
+def _last(values: Sequence[float], value: float) -> int:
+    """Return how many of `values` there are up to the last that is `value`."""
+    return len(values) - values[::-1].index(value)
 
 
 @lru_cache(maxsize=64)
 def _event_loss(event: Event, interval: float, adjacency: Adjacency) -> Any:
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+    return _one_step_loss(event, interval, adjacency).self_compose(event.steps)
 
-    match adjacency:
-        case Adjacency.ADD_REMOVE:
-            relation = NeighboringRelation.ADD_OR_REMOVE_ONE
-        case Adjacency.REPLACE_ONE:
-            relation = NeighboringRelation.REPLACE_ONE
-    one_step = from_gaussian_mechanism(
-        min(event.noise_multiplier, _MOST_NOISE),
-        pessimistic_estimate=True,
-        value_discretization_interval=interval,
-        sampling_prob=event.sample_rate,
-        neighboring_relation=relation,
-    )
-    return one_step.self_compose(event.steps)
+
+def _one_step_loss(event: Event, interval: float, adjacency: Adjacency) -> Any:
+    """Return the loss distribution of one step, both ways round where they differ."""
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+    rate = event.sample_rate
+    if adjacency is Adjacency.REPLACE_ONE:
+        ways = [(rate, rate)]
+    else:
+        ways = [(rate, 0.0), (0.0, rate)][: 2 if rate < 1 else 1]
+    sigma = min(event.noise_multiplier, _MOST_NOISE)
+    return PrivacyLossDistribution(*(_rounded_loss(sigma, *way, interval) for way in ways))
+
+
+def _rounded_loss(sigma: float, left: float, right: float, interval: float) -> Any:
+    """Return the privacy loss of one mixture over another, on the grid, rounded against us.
+
+    The mixtures are (1 - left) N(0, σ²) + left N(-1, σ²) and (1 - right) N(0, σ²) + right
+    N(1, σ²): a unit to remove is on the left, one to add on the right. The loss falls in x, so the
+    hockey-stick divergence at ℓ is the one's mass up to the x where the loss is ℓ, less e^ℓ times
+    the other's. dp-accounting finds each x apart, which took three quarters of the time.
+    """
+    from dp_accounting.pld.pld_pmf import create_pmf_pessimistic_connect_dots_fixed_gap
+    from scipy.special import log_ndtr, ndtr
+
+    far = 10 * sigma + 1
+    low = math.floor(_loss_at(far, sigma, left, right) / interval)
+    high = math.ceil(_loss_at(-far, sigma, left, right) / interval)
+    losses: Array = np.arange(low, high + 1, dtype=np.float64) * interval
+    x = _point_of(losses, sigma, left, right) / sigma
+    upper = (1 - left) * ndtr(x) + left * ndtr(x + 1 / sigma)
+    lower = np.logaddexp(_log(1 - right) + log_ndtr(x), _log(right) + log_ndtr(x - 1 / sigma))
+    deltas = np.clip(upper - np.exp(losses + lower), 0, 1)
+    return create_pmf_pessimistic_connect_dots_fixed_gap(interval, low, high, deltas)
+
+
+def _loss_at(x: float, sigma: float, left: float, right: float) -> float:
+    over, under = -(x + 0.5) / sigma**2, (x - 0.5) / sigma**2
+    log_left = np.logaddexp(_log(1 - left), _log(left) + over)
+    return float(log_left - np.logaddexp(_log(1 - right), _log(right) + under))
+
+
+def _point_of(losses: Array, sigma: float, left: float, right: float) -> Array:
+    """Return the x at which the loss is each of `losses`; infinite where it is above or below."""
+    if left and right:
+        # Both mixtures: sinh(x/σ² + ℓ/2) = -(1/q - 1) exp(1/2σ²) sinh(ℓ/2).
+        half = np.abs(losses) / 2
+        with np.errstate(divide="ignore"):
+            log_sinh = half + np.log(-np.expm1(-2 * half)) - math.log(2)
+        scaled = log_sinh + _log(1 - left) - _log(left) + 0.5 / sigma**2
+        asinh = np.logaddexp(scaled, np.logaddexp(0, 2 * scaled) / 2)
+        return sigma**2 * (-np.sign(losses) * asinh - losses / 2)
+    rate, sign = (left, 1) if left else (right, -1)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        # log((e^ℓ - (1 - q)) / q), the loss of a unit that is never left out.
+        alone = sign * losses + np.log1p((rate - 1) * np.exp(-sign * losses)) - math.log(rate)
+    return -sign * (sigma**2 * np.nan_to_num(alone, nan=-np.inf, neginf=-np.inf) + 0.5)
+
+
+def _log(probability: float) -> float:
+    return math.log(probability) if probability else -math.inf
 
 
 def _interval(mu: float, sampled: Sequence[Event]) -> float:
@@ -425,24 +430,8 @@ def _spread(event: Event) -> tuple[float, float]:
 # --- Rényi divergence, from dp-accounting.
 
 
-@lru_cache(maxsize=4096)
-def _step_renyi(sigma: float, sample_rate: float, order: int) -> float:
-    if sample_rate == 1:
-        return order / 2 * (1 / sigma) * (1 / sigma)
-    from dp_accounting.rdp import RdpAccountant
-
-    accountant = RdpAccountant([order])
-    accountant.compose(_dp_event(Event(sigma, sample_rate)))
-    return max(0.0, float(accountant.rdp[0]))
-
-
 def _dp_event(event: Event) -> Any:
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
     gaussian = GaussianDpEvent(min(event.noise_multiplier, _MOST_NOISE))
     return PoissonSampledDpEvent(event.sample_rate, gaussian) if event.sample_rate < 1 else gaussian
-
-
-def _price(delta: float, order: int) -> float:
-    """Return ε less the divergence: Canonne, Kamath & Steinke 2020, Proposition 12."""
-    return math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
