@@ -190,10 +190,10 @@ class Real:
 
 
 def drawn_texts(count: int) -> list[str]:
-    """Texts of 1 to 36 words, and each tenth as long as a text can be, or longer."""
+    """Texts of 1 to 36 words, and each fourth as long as a text can be, or longer."""
     words = ["rain", "shares", "fell", "sharply", "on", "after", "two", "storms", "in", "zürich"]
     draw = np.random.default_rng(0)
-    lengths = [60 if n % 10 == 9 else int(draw.integers(1, 37)) for n in range(count)]
+    lengths = [60 if n % 4 == 1 else int(draw.integers(1, 37)) for n in range(count)]
     return [f"{n} {' '.join(draw.choice(words, length))}" for n, length in enumerate(lengths)]
 
 
@@ -276,7 +276,8 @@ def test_equal_records_have_equal_rows(tmp_path: Path, real: Real, wanted: contr
 
 
 def test_rows_are_those_of_the_backbone(real: Real, wanted: contract.Array) -> None:
-    np.testing.assert_allclose(wanted, real.backbone.features(real.records), rtol=0, atol=1e-5)
+    alone = torch.cat([real.backbone.features([record]) for record in real.records[:12]])
+    np.testing.assert_allclose(wanted[:12], alone.numpy(), rtol=0, atol=1e-5)
 
 
 # --- the store ----------------------------------------------------------------------------------
