@@ -37,10 +37,6 @@ class Reader(Protocol):
         """The inputs of one drawn record."""
         ...
 
-    def order(self, records: Any, /) -> Sequence[int]:
-        """An order in which neighbours are of like length."""
-        ...
-
     def __call__(self, records: Any, /) -> dict[str, torch.Tensor]:
         """Return the inputs of one batch."""
         ...
@@ -79,12 +75,6 @@ class _Tokens:
     def probe(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         ids = torch.randint(self._tokenizer.get_vocab_size(), (1, 4), generator=generator)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def order(self, texts: Sequence[str]) -> list[int]:
-        starts = range(0, len(texts), 1024)
-        batches = (self._encoded(texts[start : start + 1024]) for start in starts)
-        lengths = [len(ids) for batch in batches for ids in batch]
-        return sorted(range(len(texts)), key=lengths.__getitem__)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         rows = [torch.tensor(ids) for ids in self._encoded(texts)]
@@ -196,9 +186,6 @@ class _Pixels:
 
     def probe(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.randn(1, 3, *self.crop, generator=generator)}
-
-    def order(self, encoded: Sequence[bytes]) -> Sequence[int]:
-        return range(len(encoded))
 
     def __call__(self, encoded: Sequence[bytes]) -> dict[str, torch.Tensor]:
         pixels = torch.from_numpy(np.stack([self._fit(images.decode(one)) for one in encoded]))
