@@ -102,14 +102,12 @@ def federate(run: Run, population: Population) -> Progress:
 
 def _check_ledger(run: Run, population: Population) -> None:
     """Raise `ChainError` unless the chain fits and holds all that the checkpoint does."""
-    if run.ledger.exists():
-        with contextlib.closing(Ledger(run.ledger)) as ledger:
-            ledger.verify()
-    if not run.checkpoint.exists():
-        return
-    history = checkpoint.load(run.checkpoint, run.study.digest).history
-    if history:
+    history: Sequence[Round] = ()
+    if run.checkpoint.exists():
+        history = checkpoint.load(run.checkpoint, run.study.digest).history
+    if history or run.ledger.exists():
         with contextlib.closing(Ledger(run.ledger, exists=True)) as ledger:
+            ledger.verify()
             _check_paid(run, ledger, population, history)
 
 
