@@ -4,9 +4,9 @@ What matters for privacy comes from here and from the approved study, never from
 refusal carries a fixed code for the coordinator and the reason in full for the site.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, StrictBool
+from pydantic import Field, PositiveFloat, PositiveInt, StrictBool, model_validator
 
 from veilgraft.config import Config, RelativePath
 from veilgraft.errors import Refusal, RefusedError
@@ -23,12 +23,20 @@ class Limits(Config):
         delta: the δ of that. Half of it is for what was fixed before the first release, half for
             studies chosen later; so no study may have more than half.
         min_units: a site that declares fewer takes no part.
+        min_noise_multiplier: of any release of a study; a floor under what ε allows.
+        max_clip_norm: of a study; it does not bear on privacy, and keeps numbers in bounds.
+        max_backbone_bytes: that a backbone's files may take.
+        requests_per_minute: that the vault answers at most, valid or not.
         studies, backbones: digests that may be used; None allows any that a person approves.
     """
 
     max_epsilon: PositiveFloat
     delta: Annotated[float, Field(ge=1e-9, lt=2e-3)] = 2e-5
     min_units: PositiveInt = 1
+    min_noise_multiplier: Annotated[float, Field(ge=0, le=1e5)] = 0.0
+    max_clip_norm: PositiveFloat = 1e4
+    max_backbone_bytes: PositiveInt = 4 << 30
+    requests_per_minute: Annotated[int, Field(gt=0, le=100_000)] = 240
     studies: tuple[Digest, ...] | None = None
     backbones: tuple[Digest, ...] | None = None
 
@@ -44,7 +52,15 @@ class Site(Config):
         consent, anonymisation: the site's declarations, in its own words.
         data_is_public: the site's word that nobody's privacy is at stake; only then may a study
             without noise or with a seed run here.
+        seed: makes noise reproducible and nothing private; for public data alone.
         state: folder for features and ledger.
+        device: that the backbone runs on; `auto` takes a GPU where there is one.
+        isolation: `full`: private studies are served only where the vault has no network, the
+            courier is another user, and that user can't read what the vault reads; `reduced`: a
+            person accepts less, and the privacy statement says so.
+        courier_user: name or number of the user that the courier runs as.
+        reply_seconds: an answer leaves at a multiple of so many seconds after its request came,
+            so that the time it took tells little.
     """
 
     site: Name
@@ -55,7 +71,18 @@ class Site(Config):
     anonymisation: str = ""
     limits: Limits
     data_is_public: StrictBool = False
+    seed: Annotated[int, Field(ge=0)] | None = None
     state: RelativePath
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    isolation: Literal["full", "reduced"] = "full"
+    courier_user: str | Annotated[int, Field(gt=0, lt=2**32 - 1)] | None = None
+    reply_seconds: Annotated[float, Field(gt=0, le=600)] = 1.0
+
+    @model_validator(mode="after")
+    def _a_seed_is_for_public_data(self) -> Self:
+        if self.seed is not None and not self.data_is_public:
+            raise ValueError("seed: expected none where data_is_public is not true")
+        return self
 
     def unit(self, study: Study) -> str:
         """Return what a study's unit is here: the column as this site's file names and types it."""
@@ -93,10 +120,28 @@ def check_study(site: Site, study: Study, plan: Plan, *, seeded: bool) -> None:
             Refusal.STUDY_NOT_APPROVED,
             f"{site.site}: the study evaluates on units held out for life, and held_out is 0",
         )
+    if study.privacy.clip_norm > limits.max_clip_norm:
+        raise RefusedError(
+            Refusal.STUDY_NOT_APPROVED,
+            f"{site.site}: privacy.clip_norm is {study.privacy.clip_norm:g}; "
+            f"limits.max_clip_norm is {limits.max_clip_norm:g}",
+        )
+    _check_noise(site, study, plan)
     if site.units < limits.min_units:
         raise RefusedError(
             Refusal.UNAVAILABLE,
             f"{site.site}: {site.units} units declared, limits.min_units is {limits.min_units}",
+        )
+
+
+def _check_noise(site: Site, study: Study, plan: Plan) -> None:
+    floor = site.limits.min_noise_multiplier
+    least = min((event.noise_multiplier for _, event in plan.releases.values() if event), default=0)
+    if study.private and least < floor:
+        raise RefusedError(
+            Refusal.STUDY_NOT_APPROVED,
+            f"{site.site}: the study's least noise multiplier is {least:g}; "
+            f"limits.min_noise_multiplier is {floor:g}",
         )
 
 

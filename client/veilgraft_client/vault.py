@@ -7,13 +7,13 @@ reason goes to the site's own log.
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from veilgraft import messages
 from veilgraft.errors import MessageError, Refusal, RefusedError
-from veilgraft.messages import Envelope, Hello, Here, Refused, Release, Request
+from veilgraft.messages import Envelope, Hello, Here, Question, Refused, Release, Request
 from veilgraft.model import head as heads
 from veilgraft.model.features import Cohort
 from veilgraft.plan import plan
@@ -25,8 +25,6 @@ from veilgraft_client.policy import Site
 from veilgraft_client.training import LARGEST, Trainer
 
 log = logging.getLogger(__name__)
-
-HELLO = b'{"kind":"hello"'
 
 
 class Vault:
@@ -71,14 +69,36 @@ class Vault:
         self.ledger.grant(own.site, study.digest, planned, terms, units=own.units)
         self._approved[study.digest] = study
 
+    def withdraw(self, study: str) -> None:
+        """Serve a study no longer; what was granted stays in the ledger."""
+        with self._lock:
+            self._approved.pop(study, None)
+        self.forget(study)
+
+    def forget(self, study: str) -> None:
+        """Let go of a study's features; they are found, or made, again when they are needed."""
+        with self._lock:
+            self._cohorts.pop(study, None)
+            self._trainers.pop(study, None)
+
+    def prepare(self, study: Study) -> None:
+        """Have a study's features at hand before the first request asks for them."""
+        with self._lock:
+            self._open(study)
+
+    @property
+    def approved(self) -> Mapping[str, Study]:
+        """The studies that are served, by digest."""
+        return dict(self._approved)
+
     def handle(self, envelope: Envelope) -> Envelope:
         """Answer one request; never raises, and says no more than a code when it refuses."""
         try:
-            if envelope.header.startswith(HELLO):
-                Hello.decode(envelope.header)
-                return Envelope(Here(site=self.site.site).encode())
+            question = messages.decode_question(envelope.header)
+            if not isinstance(question, Request):
+                return self._here(question, envelope)
             with self._lock:
-                return self._release(envelope)
+                return self._release(question, envelope)
         except RefusedError as refusal:
             log.warning("refused: %s", refusal.detail)
             code = refusal.code
@@ -92,8 +112,13 @@ class Vault:
         request = messages.digest(envelope.header)
         return Envelope(Refused(site=self.site.site, request=request, code=code).encode())
 
-    def _release(self, envelope: Envelope) -> Envelope:
-        request = Request.decode(envelope.header)
+    def _here(self, question: Question, envelope: Envelope) -> Envelope:
+        if not isinstance(question, Hello):
+            raise MessageError(f"{question.kind}: expected a request for a release")
+        here = Here(site=self.site.site, request=messages.digest(envelope.header))
+        return Envelope(here.encode())
+
+    def _release(self, request: Request, envelope: Envelope) -> Envelope:
         study = self._approved.get(request.study)
         if study is None:
             raise RefusedError(

@@ -60,10 +60,14 @@ class Config(BaseModel):
             raise InputError(*(_sentence(cls, name, e) for e in error.errors())) from None
 
 
+def canonical(value: object) -> str:
+    """Return the canonical JSON of `value`: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
 def sha256_of(value: object) -> str:
-    """Return the SHA-256, in hex, of the canonical JSON of `value` (sorted keys, no spaces)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Return the SHA-256, in hex, of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -1,19 +1,28 @@
 """Requests and releases: what travels between coordinator and site, and nothing else.
 
-A message is a header (canonical JSON, a few public facts) and a payload (arrays in safetensors).
-Both are carried as the exact bytes that were made, so that a digest or a signature over them
-holds from end to end. Flower types stay in `to_record` and `from_record`.
+A message is a header (JSON, a few public facts), a payload (arrays in safetensors, a study, a
+stretch of a file) and a signature. All are carried as the exact bytes that were made: the
+signature is over the header's, and the header holds the payload's digest. Flower types stay in
+`to_record` and `from_record`.
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
 from safetensors import SafetensorError
 
 from veilgraft.config import Config
@@ -26,18 +35,31 @@ if TYPE_CHECKING:
 MAX_HEADER = 4096
 """Bytes; a longer header is refused before it is parsed."""
 
+Nonce = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
+
 
 def digest(data: bytes) -> str:
     """Return `sha256:` and the hex SHA-256 of `data`."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
+EMPTY = digest(b"")
+"""Of a message without payload."""
+
+
 @dataclass(frozen=True)
 class Envelope:
-    """One message as it travels."""
+    """One message as it travels.
+
+    Attributes:
+        signature: over the header's exact bytes; empty in a simulation. The payload's digest
+            stands in the header.
+    """
 
     header: bytes
     payload: bytes = b""
+    signature: bytes = b""
 
 
 class Header(Config):
@@ -45,37 +67,57 @@ class Header(Config):
 
     def encode(self) -> bytes:
         """Return the bytes that are sent."""
-        return self.model_dump_json().encode()
+        return self.model_dump_json(exclude_none=True).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
         """Parse a header; raises `MessageError` where it is not exactly of this form."""
-        if len(data) > MAX_HEADER:
-            raise MessageError(f"expected a header of at most {MAX_HEADER} bytes, got {len(data)}")
+        check_header(data)
         try:
             return cls.model_validate_json(data, strict=True)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "header"
-            raise MessageError(f"{where}: {first['msg']}") from None
+            raise _told(error) from None
 
 
-class Hello(Header):
-    """The coordinator asks a node which site it is."""
+def check_header(data: bytes) -> None:
+    """Raise `MessageError` where a header is longer than any may be."""
+    if len(data) > MAX_HEADER:
+        raise MessageError(f"expected a header of at most {MAX_HEADER} bytes, got {len(data)}")
 
-    kind: Literal["hello"] = "hello"
+
+class Asked(Header):
+    """What the coordinator's headers share.
+
+    The first three are there on a network, where everything is signed, and not in a simulation.
+
+    Attributes:
+        key: id of the coordinator's key.
+        nonce: makes it one of its kind; kept by the site until it expires.
+        expires: seconds since 1970.
+        site: to whom.
+        run, attempt: for logs; no part of a release's key.
+    """
+
+    key: Digest | None = None
+    nonce: Nonce | None = None
+    expires: PositiveInt | None = None
     study: Digest
     run: Name
+    attempt: PositiveInt = 1
 
 
-class Here(Header):
-    """A site names itself."""
+class Hello(Asked):
+    """The coordinator asks a node which site it is, and hands it the study.
 
-    kind: Literal["here"] = "here"
-    site: Name
+    Attributes:
+        payload: digest of the payload, the study in its canonical form as JSON.
+    """
+
+    kind: Literal["hello"] = "hello"
+    payload: Digest = EMPTY
 
 
-class Request(Header):
+class Request(Asked):
     """The coordinator asks a site for one release.
 
     Attributes:
@@ -85,40 +127,116 @@ class Request(Header):
         head: digest of the payload, the head that the site starts from or evaluates; label counts
             need none, and the payload is empty.
         rate: an update's learning rate; it does not bear on privacy.
-        run, attempt: for logs; no part of a release's key.
     """
 
     kind: Kind = "update"
     site: Name
-    study: Digest
-    run: Name
     round: NonNegativeInt
-    attempt: PositiveInt = 1
     head: Digest
     rate: NonNegativeFloat = 0.0
 
+    @property
+    def payload(self) -> str:
+        """Digest of the payload."""
+        return self.head
 
-class Release(Header):
-    """A site's noised answer; the payload holds the arrays."""
 
-    kind: Literal["release"] = "release"
+class Offer(Asked):
+    """The coordinator offers a backbone's files; the payload is their manifest as JSON."""
+
+    kind: Literal["offer"] = "offer"
     site: Name
-    request: Digest
     payload: Digest
 
 
-class Refused(Header):
+class Part(Asked):
+    """A stretch of one of the backbone's files, from `offset` on."""
+
+    kind: Literal["part"] = "part"
+    site: Name
+    name: FileName
+    offset: NonNegativeInt
+    payload: Digest
+
+
+Question: TypeAlias = Hello | Request | Offer | Part
+"""What a coordinator may ask."""
+
+_QUESTION: TypeAdapter[Question] = TypeAdapter(Annotated[Question, Field(discriminator="kind")])
+
+
+def decode_question(data: bytes) -> Question:
+    """Parse what a coordinator asks; raises `MessageError` where it is none of these."""
+    check_header(data)
+    try:
+        return _QUESTION.validate_json(data, strict=True)
+    except ValidationError as error:
+        raise _told(error) from None
+
+
+def _told(error: ValidationError) -> MessageError:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "header"
+    return MessageError(f"{where}: {first['msg']}")
+
+
+class Answer(Header):
+    """What a site's headers share: who answers, which request, with what payload."""
+
+    site: Name
+    request: Digest
+    payload: Digest = EMPTY
+
+
+class Here(Answer):
+    """A site names itself.
+
+    Attributes:
+        approved: whether a person there has approved the study.
+        backbone: whether it has the study's backbone.
+        private: false where its noise comes from a seed, for data that it calls public.
+        isolation: whether its vault stands apart in full, for what is said of the model.
+    """
+
+    kind: Literal["here"] = "here"
+    approved: bool = True
+    backbone: bool = True
+    private: bool = True
+    isolation: Literal["full", "reduced"] = "full"
+
+
+class Wanted(Answer):
+    """What a site still lacks of a backbone: the payload, JSON of offsets by file name."""
+
+    kind: Literal["wanted"] = "wanted"
+
+
+class Release(Answer):
+    """A site's noised answer; the payload holds the arrays."""
+
+    kind: Literal["release"] = "release"
+
+
+class Refused(Answer):
     """A site's no: a fixed code, and nothing that depends on its records."""
 
     kind: Literal["refusal"] = "refusal"
-    site: Name
-    request: Digest
     code: Refusal
 
 
-def decode_answer(data: bytes) -> Release | Refused:
-    """Parse what a site sent back; raises `MessageError` where it is neither."""
-    return Refused.decode(data) if data.startswith(b'{"kind":"refusal"') else Release.decode(data)
+Reply: TypeAlias = Here | Wanted | Release | Refused
+"""What a site may answer."""
+
+_REPLY: TypeAdapter[Reply] = TypeAdapter(Annotated[Reply, Field(discriminator="kind")])
+
+
+def decode_answer(data: bytes) -> Reply:
+    """Parse what a site sent back; raises `MessageError` where it is none of these."""
+    check_header(data)
+    try:
+        return _REPLY.validate_json(data, strict=True)
+    except ValidationError as error:
+        raise _told(error) from None
 
 
 def pack(arrays: Mapping[str, npt.NDArray[np.float64]]) -> bytes:
@@ -162,7 +280,7 @@ def to_record(envelope: Envelope) -> "RecordDict":
     payload = Array("uint8", (len(envelope.payload),), "veilgraft.bytes", envelope.payload)
     return RecordDict(
         {
-            "header": ConfigRecord({"bytes": envelope.header}),
+            "header": ConfigRecord({"bytes": envelope.header, "signature": envelope.signature}),
             "payload": ArrayRecord({"bytes": payload}),
         }
     )
@@ -175,10 +293,10 @@ def from_record(record: "RecordDict") -> Envelope:
         MessageError: the record is not one of ours.
     """
     try:
-        header = record["header"]["bytes"]
+        header, signature = record["header"]["bytes"], record["header"]["signature"]
         payload = record["payload"]["bytes"].data
     except (KeyError, AttributeError, TypeError):
         raise MessageError("expected a record with a header and a payload") from None
-    if not (isinstance(header, bytes) and isinstance(payload, bytes)):
-        raise MessageError("expected a header and a payload of bytes")
-    return Envelope(header, payload)
+    if not all(isinstance(part, bytes) for part in (header, payload, signature)):
+        raise MessageError("expected a header, a payload and a signature of bytes")
+    return Envelope(header, payload, signature)

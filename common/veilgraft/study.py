@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from veilgraft.config import Config, RelativePath, sha256_of
+from veilgraft.errors import InputError
 
 FORMAT = 1
 """Version of the canonical form; a change of meaning raises it and so changes every digest."""
@@ -441,6 +442,22 @@ class Study(Config):
             "evaluation": {"data", "data_is_public"},
         }
         return {"format": FORMAT, **self.model_dump(mode="json", exclude=local)}
+
+    @classmethod
+    def from_canonical(cls, values: Mapping[str, Any], *, name: str = "study") -> Self:
+        """Return the study whose canonical form `values` is.
+
+        Raises:
+            InputError: it is no study, is of another format, or not in canonical form: keys are
+                missing, or local to one machine.
+        """
+        given = {key: value for key, value in values.items() if key != "format"}
+        if values.get("format") != FORMAT:
+            raise InputError(f"{name}: format: expected {FORMAT}, got {values.get('format')!r}")
+        found = cls.parse(given, name=name)
+        if sha256_of(found.canonical) != sha256_of(values):
+            raise InputError(f"{name}: expected a study in its canonical form")
+        return found
 
     @cached_property
     def digest(self) -> str:

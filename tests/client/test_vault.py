@@ -73,7 +73,9 @@ def request(contract: Study, round_: int = 1, fill: float = 0.0, **changes: Any)
 
 
 def answered(answer: Envelope) -> Release | Refused:
-    return messages.decode_answer(answer.header)
+    reply = messages.decode_answer(answer.header)
+    assert isinstance(reply, Release | Refused)
+    return reply
 
 
 def test_a_release_holds_the_head_s_arrays_and_names_what_it_answers(tmp_path: Path) -> None:

@@ -68,7 +68,17 @@ def sites(*answers: Answer) -> ClientApp:
         if b'"label-counts"' in messages.from_record(message.content).header:
             return train(message, context)
         name = f"site-{context.node_config['partition-id']}"
-        return Message(messages.to_record(Envelope(Here(site=name).encode())), reply_to=message)
+        return Message(
+            messages.to_record(
+                Envelope(
+                    Here(
+                        site=name,
+                        request=messages.digest(messages.from_record(message.content).header),
+                    ).encode()
+                )
+            ),
+            reply_to=message,
+        )
 
     @app.evaluate()  # type: ignore[untyped-decorator]
     @app.train()  # type: ignore[untyped-decorator]
@@ -142,7 +152,7 @@ BAD: dict[str, tuple[Answer, str]] = {
         ),
         "refused: unavailable",
     ),
-    "no message of ours": (lambda r, a: Envelope(b"{}", b""), "Field required"),
+    "no message of ours": (lambda r, a: Envelope(b"{}", b""), "Unable to extract tag"),
     "no arrays": (lambda r, a: released(r, a, b"nonsense"), "expected safetensors"),
 }
 
@@ -172,7 +182,7 @@ def test_below_quorum_the_run_stops_and_keeps_the_rounds_before(tmp_path: Path) 
 
 
 def test_too_few_nodes_are_waited_for_and_no_longer_than_the_timeout(tmp_path: Path) -> None:
-    with pytest.raises(QuorumError, match=r"1 nodes after 0.3 s; aggregation\.quorum is 3"):
+    with pytest.raises(QuorumError, match=r"1 sites ready after 0.3 s; aggregation\.quorum is 3"):
         run(tmp_path, study(quorum=3), good(1.0))
 
 
