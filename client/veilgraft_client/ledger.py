@@ -24,14 +24,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from veilgraft.chain import Chain, ChainError, Entry, Schema
 from veilgraft.errors import Refusal, RefusedError
 from veilgraft.plan import Plan
 from veilgraft.privacy import accounting
 from veilgraft.privacy.accounting import Adjacency, Event
 from veilgraft.privacy.filters import LifeFilter
 from veilgraft.study import RECORD, Kind
-from veilgraft_client.chain import Chain, Entry
 
+_SCHEMA = Schema(
+    noun="ledger",
+    format=2,
+    kinds=("terms", "grant", "reserve", "retry", "commit"),
+    further="""
+CREATE TABLE payloads (seq INTEGER PRIMARY KEY REFERENCES entries, bytes BLOB NOT NULL) STRICT;
+CREATE INDEX keys ON entries (site, study, body ->> 'release', body ->> 'round')
+    WHERE kind = 'reserve';
+CREATE INDEX followers ON entries (body ->> 'reservation') WHERE kind IN ('retry', 'commit');
+CREATE UNIQUE INDEX one_commit ON entries (body ->> 'reservation') WHERE kind = 'commit';
+CREATE UNIQUE INDEX one_grant ON entries (site, study) WHERE kind = 'grant';
+""",
+)
 _UNCAPPED = 1e3
 """The cap for which a filter's orders are chosen where there is none."""
 
@@ -79,7 +92,7 @@ class Ledger:
 
     def __init__(self, path: Path, *, exists: bool = False) -> None:
         self.path = path
-        self._chain = Chain(path, exists=exists)
+        self._chain = Chain(path, schema=_SCHEMA, exists=exists)
 
     def close(self) -> None:
         """End the connection; the file is complete without it."""
@@ -98,8 +111,15 @@ class Ledger:
         return self._chain.head()
 
     def verify(self, anchor: str | None = None) -> int:
-        """Check the whole chain and every stored release; see `Chain.verify`."""
-        return self._chain.verify(anchor)
+        """Check the whole chain, see `Chain.verify`, and every stored release."""
+        count = self._chain.verify(anchor)
+        for entry in self._chain.select("SELECT * FROM entries WHERE kind = 'commit' ORDER BY seq"):
+            stored = self._payload(entry.seq)
+            if not stored or hashlib.sha256(stored).hexdigest() != entry.body["payload"]:
+                raise ChainError(f"{self.path}: entry {entry.seq}: stored bytes differ")
+        if self._chain.one("SELECT 1 FROM payloads WHERE seq NOT IN (SELECT seq FROM entries)"):
+            raise ChainError(f"{self.path}: entries are missing")
+        return count
 
     def grant(self, site: str, study: str, plan: Plan, terms: Terms, *, units: int) -> None:
         """Grant a study's plan to be spent, once; the same grant again changes nothing.
@@ -146,7 +166,7 @@ class Ledger:
                         Refusal.ROUND_CONFLICT,
                         f"{key.site}: round {key.round} was released for another head",
                     )
-                if (payload := self._chain.payload(self._commit(entry.seq))) is not None:
+                if (payload := self._payload(self._commit(entry.seq))) is not None:
                     return payload
             if held and not self._followed(held[-1].seq):
                 self._chain.append(key.site, key.study, "retry", {"reservation": held[-1].seq})
@@ -161,11 +181,12 @@ class Ledger:
         with self.transaction():
             entry = self._chain.entry(reservation)
             for held in self._reservations(_key(entry)):
-                if (stored := self._chain.payload(self._commit(held.seq))) is not None:
+                if (stored := self._payload(self._commit(held.seq))) is not None:
                     return stored
             digest = hashlib.sha256(payload).hexdigest()
             body = {"payload": digest, "reservation": reservation}
-            self._chain.append(entry.site, entry.study, "commit", body, payload)
+            seq = self._chain.append(entry.site, entry.study, "commit", body)
+            self._chain.rows("INSERT INTO payloads VALUES (?, ?)", seq, payload)
             return payload
 
     def events(self, site: str, study: str | None = None) -> list[Event | None]:
@@ -321,6 +342,11 @@ class Ledger:
             " AND body ->> 'reservation' = ?"
         )
         return self._chain.one(query, reservation) is not None
+
+    def _payload(self, commit: int | None) -> bytes | None:
+        """Return the bytes that were committed; None where there are none."""
+        found: bytes | None = self._chain.one("SELECT bytes FROM payloads WHERE seq = ?", commit)
+        return found
 
     def _commit(self, reservation: int) -> int | None:
         query = "SELECT seq FROM entries WHERE kind = 'commit' AND body ->> 'reservation' = ?"

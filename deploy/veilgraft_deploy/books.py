@@ -1,36 +1,45 @@
 """What a ledger says, for people and programs."""
 
+import functools
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from veilgraft.chain import ChainError
 from veilgraft.errors import InputError
-from veilgraft_client.chain import ChainError
+from veilgraft.events import EventLog
 from veilgraft_client.ledger import Ledger
+
+Book = TypeVar("Book", Ledger, EventLog)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Ledger]:
     """Open an existing ledger; a run folder stands for the ledger in it."""
     path = path / "ledger.db" if path.is_dir() else path
+    with held(functools.partial(Ledger, exists=True), path, "a ledger") as ledger:
+        yield ledger
+
+
+@contextmanager
+def held(open_: Callable[[Path], Book], path: Path, noun: str) -> Iterator[Book]:
+    """Open what is written on a chain, which must exist; it is closed at the end."""
     if not path.is_file():
-        raise InputError(f"{path}: expected a ledger, found none")
+        raise InputError(f"{path}: expected {noun}, found none")
     try:
-        ledger = Ledger(path, exists=True)
+        book = open_(path)
     except ChainError as error:
         raise InputError(str(error)) from None
-    try:
-        yield ledger
-    finally:
-        ledger.close()
+    with closing(book):
+        yield book
 
 
 def anchored(text: str) -> str:

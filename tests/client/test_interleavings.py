@@ -39,6 +39,7 @@ from hypothesis.stateful import (
 from tests.client.faulty_disk import FaultyDisk, ProcessDied, why_unavailable
 
 from veilgraft import messages
+from veilgraft.chain import Entry
 from veilgraft.errors import Refusal, VeilgraftError
 from veilgraft.messages import Envelope, Refused, Request
 from veilgraft.model import head as heads
@@ -46,7 +47,6 @@ from veilgraft.model.features import Cohort, units
 from veilgraft.plan import plan
 from veilgraft.privacy import accounting
 from veilgraft.study import Study
-from veilgraft_client.chain import Entry
 from veilgraft_client.ledger import Ledger
 from veilgraft_client.policy import Site
 from veilgraft_client.training import Trainer

@@ -1,5 +1,7 @@
 """The ledger's rules of release."""
 
+import hashlib
+import json
 import sqlite3
 import subprocess
 import sys
@@ -8,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from veilgraft.chain import ChainError
 from veilgraft.errors import Refusal, RefusedError
 from veilgraft.plan import Plan
 from veilgraft.privacy import accounting
 from veilgraft.privacy.accounting import Event
-from veilgraft_client.chain import ChainError
 from veilgraft_client.ledger import Key, Ledger, Terms
 
 STUDY = "sha256:" + "a" * 64
@@ -356,6 +358,18 @@ def test_a_ledger_without_its_rules_is_refused(ledger: Ledger) -> None:
     raw.close()
     with pytest.raises(ChainError, match="expected a ledger of format 2"):
         Ledger(ledger.path)
+
+
+def test_files_of_format_2_stay_what_they_are(ledger: Ledger) -> None:
+    raw = sqlite3.connect(ledger.path)
+    rows = raw.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY rowid")
+    text = "\n".join(sql for (sql,) in rows)
+    (body, chained) = raw.execute("SELECT body, hash FROM entries").fetchone()
+    raw.close()
+    pinned = "6ae5d10fe0682b3b0e4422ec25486148401714bef6f3b5f1614d9330509efb89"
+    assert hashlib.sha256(text.encode()).hexdigest() == pinned
+    content = json.dumps([1, "", "", "open", body], separators=(",", ":"))
+    assert hashlib.sha256(content.encode()).digest() == chained
 
 
 def test_a_missing_ledger_is_not_made_where_one_must_be(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An append-only, hash-chained file of entries: what a ledger is written in.
+"""An append-only, hash-chained file of entries: what ledgers and event logs are written in.
 
 SQLite with a write-ahead log, synced at every commit. Each entry holds the SHA-256 of the entry
 before it and of its own text, so that none can be changed, left out or put in between unseen.
@@ -24,41 +24,61 @@ from typing import Any
 from veilgraft.durable import sync_folder
 from veilgraft.errors import VeilgraftError
 
-FORMAT = 2
 WAIT_SECONDS = 30.0
 """How long one process waits for another's transaction before it is refused."""
 
-_SCHEMA = """
+_ENTRIES = """
 CREATE TABLE entries (
     seq INTEGER PRIMARY KEY,
     site TEXT NOT NULL,
     study TEXT NOT NULL,
-    kind TEXT NOT NULL CHECK (kind IN ('open', 'terms', 'grant', 'reserve', 'retry', 'commit')),
+    kind TEXT NOT NULL{check},
     body TEXT NOT NULL,
     hash BLOB NOT NULL
 ) STRICT;
-CREATE TABLE payloads (seq INTEGER PRIMARY KEY REFERENCES entries, bytes BLOB NOT NULL) STRICT;
-CREATE INDEX keys ON entries (site, study, body ->> 'release', body ->> 'round')
-    WHERE kind = 'reserve';
-CREATE INDEX followers ON entries (body ->> 'reservation') WHERE kind IN ('retry', 'commit');
-CREATE UNIQUE INDEX one_commit ON entries (body ->> 'reservation') WHERE kind = 'commit';
-CREATE UNIQUE INDEX one_grant ON entries (site, study) WHERE kind = 'grant';
+"""
+_APPEND_ONLY = """
 CREATE TRIGGER no_update BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER no_delete BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
-
-
 _TRANSACTION = ("BEGIN IMMEDIATE", "COMMIT", ("ROLLBACK",))
 _SAVEPOINT = ("SAVEPOINT inner", "RELEASE inner", ("ROLLBACK TO inner", "RELEASE inner"))
 
 
 class ChainError(VeilgraftError):
-    """The file can't be read, written or trusted; nothing may be released."""
+    """The file can't be read, written or trusted."""
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What is kept in a file. Another schema, even another blank in it, is another file.
+
+    Attributes:
+        noun: what messages call the file.
+        format: its version, written into its first entry.
+        kinds: those of its entries; none where a later version may add some.
+        further: SQL of what it holds beside its entries: tables and indexes, each ended by a
+            semicolon and a line's end.
+    """
+
+    noun: str
+    format: int
+    kinds: tuple[str, ...] = ()
+    further: str = ""
+
+    @property
+    def statements(self) -> list[str]:
+        """The SQL that makes a new file."""
+        kinds = ", ".join(f"'{kind}'" for kind in ("open", *self.kinds))
+        check = f" CHECK (kind IN ({kinds}))" if self.kinds else ""
+        parts = (_ENTRIES.format(check=check), self.further, _APPEND_ONLY)
+        text = "\n".join(part.strip() for part in parts if part.strip())
+        return [statement.removesuffix(";").strip() for statement in text.split(";\n")]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the ledger."""
+    """One line of the file; `site` and `study` are empty where it concerns none."""
 
     seq: int
     site: str
@@ -71,40 +91,43 @@ class Entry:
 class Chain:
     """One open file; see the module's docstring. Threads may share it.
 
-    A ledger is made only where no file is, and appears whole; a file that is empty or no ledger
-    is refused, so that what was spent can't be forgotten by losing half of it.
+    A file is made only where none is, and appears whole; one that is empty or of another schema
+    is refused, so that what it held can't be forgotten by losing half of it.
 
     Args:
         exists: refuse to make a new one.
 
     Raises:
-        ChainError: no ledger can be opened or made there.
+        ChainError: no such file can be opened or made there; from any method, it can't be read,
+            written or trusted.
     """
 
-    def __init__(self, path: Path, *, exists: bool = False) -> None:
+    def __init__(self, path: Path, *, schema: Schema, exists: bool = False) -> None:
         self.path = path
+        self._schema = schema
         # Threads may share it: the lock keeps one's steps out of another's transaction.
         self._lock = threading.RLock()
         self._depth = 0
         try:
             if not path.exists():
                 if exists:
-                    raise ChainError(f"{path}: the ledger is missing")
+                    raise ChainError(f"{path}: the {schema.noun} is missing")
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 sync_folder(path.parent.parent)
                 self._make()
             self._db = self._opened(path)
         except (OSError, sqlite3.Error) as error:
-            raise ChainError(f"{path}: can't open the ledger: {error}") from error
+            raise ChainError(f"{path}: can't open the {schema.noun}: {error}") from error
 
     def _opened(self, path: Path) -> sqlite3.Connection:
         with ExitStack() as undone:
             db = _connected(path)
             undone.callback(db.close)
             (mode,) = db.execute("PRAGMA journal_mode").fetchone()
-            schema = db.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")
-            if mode != "wal" or {sql for (sql,) in schema} != set(_statements()):
-                raise ChainError(f"{path}: expected a ledger of format {FORMAT}")
+            found = db.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")
+            if mode != "wal" or {sql for (sql,) in found} != set(self._schema.statements):
+                noun, format_ = self._schema.noun, self._schema.format
+                raise ChainError(f"{path}: expected a {noun} of format {format_}")
             # A log whose sync failed may still be in the page cache and nowhere else: what is
             # appended behind it would be lost with it.
             db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
@@ -112,7 +135,7 @@ class Chain:
         return db
 
     def _make(self) -> None:
-        """Write a new ledger beside its place and move it there, unless another was quicker."""
+        """Write a new file beside its place and move it there, unless another was quicker."""
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
         os.close(handle)
         staged = Path(name)
@@ -122,14 +145,14 @@ class Chain:
                 if mode != "wal":
                     raise ChainError(f"{self.path}: no log can be written here")
                 with self.transaction():
-                    for statement in _statements():
+                    for statement in self._schema.statements:
                         self._db.execute(statement)
-                    self.append("", "", "open", {"format": FORMAT})
+                    self.append("", "", "open", {"format": self._schema.format})
                 # Closing does it, too, and says nothing when it fails.
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             with contextlib.suppress(FileExistsError):
                 os.link(staged, self.path)
-            # Else a power failure could take the file's name away, and with it what was spent.
+            # Else a power failure could take the file's name away, and with it all it holds.
             sync_folder(self.path.parent)
         finally:
             # SQLite keeps its log and shared memory beside it where it could not end well.
@@ -170,6 +193,27 @@ class Chain:
         except sqlite3.Error as error:
             raise ChainError(f"{self.path}: {error}") from error
 
+    def rows(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        """Run one statement of the schema's own, and return the rows that it finds.
+
+        It waits for another thread's transaction, and so meets all of it or nothing.
+        """
+        with self._lock:
+            cursor = self._execute(statement, values)
+            try:
+                return cursor.fetchall()
+            except sqlite3.Error as error:
+                raise ChainError(f"{self.path}: {error}") from error
+
+    def one(self, query: str, *values: object) -> Any:
+        """Return the first column of a query's first row; None where there is none."""
+        found = self.rows(query, *values)
+        return found[0][0] if found else None
+
+    def select(self, query: str, *values: object) -> Iterator[Entry]:
+        """Return the entries that a query over whole rows finds."""
+        return map(self._entry, self.rows(query, *values))
+
     def entries(self, site: str | None = None) -> Iterator[Entry]:
         """Yield all entries, or those of one site, in order."""
         if site is None:
@@ -180,70 +224,56 @@ class Chain:
         """Return one entry."""
         return next(self.select("SELECT * FROM entries WHERE seq = ?", seq))
 
-    def select(self, query: str, *values: object) -> Iterator[Entry]:
-        """Return the entries that a query over whole rows finds."""
-        return map(_entry, self._execute(query, values).fetchall())
-
-    def one(self, query: str, *values: object) -> Any:
-        """Return the first column of a query's first row; None where there is none."""
-        row = self._execute(query, values).fetchone()
-        return row[0] if row else None
-
-    def payload(self, seq: int | None) -> bytes | None:
-        """Return the bytes that belong to an entry; None where there are none."""
-        found: bytes | None = self.one("SELECT bytes FROM payloads WHERE seq = ?", seq)
-        return found
-
-    def append(
-        self, site: str, study: str, kind: str, body: dict[str, Any], payload: bytes | None = None
-    ) -> int:
-        """Add an entry, and the bytes that belong to it; return its sequence number."""
-        last = "SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1"
-        seq, previous = self._execute(last).fetchone() or (0, b"")
+    def append(self, site: str, study: str, kind: str, body: dict[str, Any]) -> int:
+        """Add an entry, with the time, within a transaction; return its sequence number."""
+        last = self.rows("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1")
+        seq, previous = last[0] if last else (0, b"")
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         row = (seq + 1, site, study, kind, _canonical({**body, "time": time}))
         hash_ = _chained(previous, *row)
         self._execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", (*row, hash_))
-        if payload is not None:
-            self._execute("INSERT INTO payloads VALUES (?, ?)", (row[0], payload))
         return int(row[0])
+
+    def _entry(self, row: tuple[Any, ...]) -> Entry:
+        seq, site, study, kind, body, chained = row
+        try:
+            return Entry(seq, site, study, kind, json.loads(body), chained)
+        except ValueError:
+            raise ChainError(f"{self.path}: entry {seq} does not fit the chain") from None
 
     def head(self) -> str:
         """Return the chain's head: the sequence number and hash of the last entry."""
-        last = self._execute("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1")
-        seq, hash_ = last.fetchone()
+        last = self.rows("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1")
+        if not last:
+            raise ChainError(f"{self.path}: entries are missing")
+        seq, hash_ = last[0]
         return f"{seq}:{hash_.hex()}"
 
     def verify(self, anchor: str | None = None) -> int:
-        """Check the whole chain and every stored release; return the number of entries.
+        """Check the whole chain; return the number of entries.
 
         Args:
             anchor: what `head` gave earlier, kept where this file's keeper can't reach it.
 
         Raises:
             ChainError: naming the first entry that does not fit, or that the anchor is not in
-                the chain: an older copy of the ledger lies in its place.
+                the chain: an older copy of the file lies in its place.
         """
         previous, count, anchored = b"", 0, anchor is None
-        for row in self._execute("SELECT * FROM entries ORDER BY seq").fetchall():
-            entry, count = _entry(row), count + 1
+        for row in self.rows("SELECT * FROM entries ORDER BY seq"):
+            seq, kind, hash_, count = row[0], row[3], row[5], count + 1
             # The stored text itself is chained: SQL and JSON readers may see it differently.
-            fits = entry.seq == count and entry.hash == _chained(previous, *row[:5])
-            if not fits or (entry.kind == "open") != (count == 1):
-                raise ChainError(f"{self.path}: entry {entry.seq} does not fit the chain")
-            if entry.kind == "commit":
-                stored = self.payload(entry.seq)
-                if not stored or hashlib.sha256(stored).hexdigest() != entry.body["payload"]:
-                    raise ChainError(f"{self.path}: entry {entry.seq}: stored bytes differ")
-            previous = entry.hash
-            anchored = anchored or f"{entry.seq}:{entry.hash.hex()}" == anchor
-        query = "SELECT count(*) FROM payloads WHERE seq NOT IN (SELECT seq FROM entries)"
-        if not count or self.one(query):
+            fits = seq == count and hash_ == _chained(previous, *row[:5])
+            if not fits or (kind == "open") != (count == 1):
+                raise ChainError(f"{self.path}: entry {seq} does not fit the chain")
+            previous = hash_
+            anchored = anchored or f"{seq}:{hash_.hex()}" == anchor
+        if not count:
             raise ChainError(f"{self.path}: entries are missing")
         if not anchored:
             raise ChainError(
-                f"{self.path}: {count} entries, none of them the anchor's {anchor}: the ledger was "
-                "rolled back, or is another"
+                f"{self.path}: {count} entries, none of them the anchor's {anchor}: the "
+                f"{self._schema.noun} was rolled back, or is another"
             )
         return count
 
@@ -254,11 +284,6 @@ def _connected(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _entry(row: tuple[Any, ...]) -> Entry:
-    seq, site, study, kind, body, chained = row
-    return Entry(seq, site, study, kind, json.loads(body), chained)
-
-
 def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
@@ -266,7 +291,3 @@ def _canonical(value: object) -> str:
 def _chained(previous: bytes, seq: int, site: str, study: str, kind: str, body: str) -> bytes:
     content = _canonical([seq, site, study, kind, body])
     return hashlib.sha256(previous + content.encode()).digest()
-
-
-def _statements() -> list[str]:
-    return [statement.removesuffix(";").strip() for statement in _SCHEMA.strip().split(";\n")]
