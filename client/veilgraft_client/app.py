@@ -6,7 +6,9 @@ into the reply, so none leaves `handle`.
 """
 
 import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from flwr.app import Context, Message
@@ -17,6 +19,10 @@ from veilgraft.errors import Refusal, VeilgraftError
 from veilgraft.messages import Envelope, Refused
 
 log = logging.getLogger(__name__)
+
+
+WAIT_SECONDS = 900.0
+"""For a vault's answer; it may have to restart, or to compute features first."""
 
 
 class VaultLike(Protocol):
@@ -54,3 +60,13 @@ def client_app(connect: Callable[[Context], VaultLike]) -> ClientApp:
 def _refused(header: bytes, code: Refusal) -> Envelope:
     """Answer in the place of a vault that can't; the site's name is the vault's to give."""
     return Envelope(Refused(site="unknown", request=messages.digest(header), code=code).encode())
+
+
+def _beside(_: Context) -> VaultLike:
+    """Return the vault of this site; its socket is named by the process that starts the courier."""
+    from veilgraft_client.connection import VaultClient
+
+    return VaultClient(Path(os.environ["VEILGRAFT_SOCKET"]), WAIT_SECONDS)
+
+
+app = client_app(_beside)

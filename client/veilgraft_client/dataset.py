@@ -70,6 +70,12 @@ class Records:
         """Return the records at these indices, in this order; none of them counts as bad."""
         return Records(self.table.take(pa.array(rows, pa.int64())))
 
+    @property
+    def inputs(self) -> list[Any]:
+        """The texts, or the images as encoded bytes."""
+        values: list[Any] = self.table["input"].to_pylist()
+        return values
+
     @cached_property
     def targets(self) -> npt.NDArray[Any]:
         """The labels: int64 (records,), or float32 (records, labels) where there may be many."""

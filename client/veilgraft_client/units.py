@@ -146,8 +146,10 @@ def near_equal(ids: Iterable[str]) -> list[tuple[str, ...]]:
     return sorted(tuple(sorted(group)) for group in groups.values() if len(group) > 1)
 
 
-def site_key(folder: Path) -> bytes:
+def site_key(folder: Path, seed: int | None = None) -> bytes:
     """Return the site's 32 secret bytes, made on the first call and the same ever after.
+
+    With a seed nothing is private: the bytes follow from it, and no file is read or made.
 
     The file `site.key` has mode 0600 in a folder of mode 0700. It appears whole or not at all;
     processes that make it at once end with one key; and it is on the disk before it is returned.
@@ -158,6 +160,8 @@ def site_key(folder: Path) -> bytes:
         InputError: the file can't be read or is not a whole key.
         OSError: the folder can't be written.
     """
+    if seed is not None:
+        return sha256(f"veilgraft/site-key/seeded/1\n{seed}".encode()).digest()
     path = folder / "site.key"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)

@@ -44,7 +44,15 @@ from veilgraft.model.architecture import (
     modality,
     weight_files,
 )
-from veilgraft.model.bundle import MANIFEST, digest, manifest, verify, write_manifest
+from veilgraft.model.bundle import (
+    FILES,
+    MANIFEST,
+    STATISTICS,
+    digest,
+    manifest,
+    verify,
+    write_manifest,
+)
 from veilgraft.model.reading import Reader
 
 __all__ = [
@@ -53,7 +61,6 @@ __all__ = [
     "write_statistics",
 ]  # fmt: skip
 
-STATISTICS = "feature_statistics.safetensors"
 MAX_BYTES = 4 << 30
 """Memory that a backbone's float32 tensors may take unless the caller says otherwise."""
 
@@ -70,17 +77,6 @@ leave more of them empty, fewer make more batches.
 
 TEXT_STEP = 8
 """Tokens in whose multiples texts are padded."""
-
-_LOADED = (
-    "config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "tokenizer.json",
-    "preprocessor_config.json",
-    STATISTICS,
-    "LICENSE*",
-    "NOTICE*",
-)
 
 Records: TypeAlias = Sequence[str] | Sequence[bytes]
 
@@ -351,7 +347,7 @@ def prepare(source: Path, out: Path, *, max_bytes: int = MAX_BYTES) -> str:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         staged = Path(temporary) / out.name
         staged.mkdir()
-        for path in {path for pattern in _LOADED for path in source.glob(pattern)}:
+        for path in {path for pattern in FILES for path in source.glob(pattern)}:
             shutil.copyfile(path, staged / path.name)
         check(staged, "mean", max_bytes)
         made = write_manifest(staged)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,36 @@ from veilgraft.config import sha256_of
 from veilgraft.errors import InputError
 
 MANIFEST = "manifest.json"
+STATISTICS = "feature_statistics.safetensors"
+
+_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+FILES = (
+    "config.json",
+    *_WEIGHTS,
+    "tokenizer.json",
+    "preprocessor_config.json",
+    STATISTICS,
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Patterns of the files that a backbone is made of, beside the manifest."""
+
+_PLAIN = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def allowed(name: str) -> bool:
+    """Return whether a file of this name may travel: a plain name that `FILES` lists.
+
+    >>> [allowed(name) for name in ("config.json", "LICENSE/../x", "modeling.py")]
+    [True, False, False]
+    """
+    # A pattern's star would also stand for separators and control characters.
+    return _PLAIN.fullmatch(name) is not None and any(fnmatchcase(name, p) for p in FILES)
+
+
+def is_weights(name: str) -> bool:
+    """Return whether a file of this name holds the model's tensors."""
+    return any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)
 
 
 def manifest(folder: Path) -> dict[str, str]:
@@ -34,14 +66,14 @@ def manifest(folder: Path) -> dict[str, str]:
 
 def digest(folder: Path) -> str:
     """Return `sha256:` and the hex SHA-256 of the manifest's canonical JSON."""
-    return _digest(manifest(folder))
+    return digest_of(manifest(folder))
 
 
 def write_manifest(folder: Path) -> str:
     """Write `manifest.json` from the files as they are, and return the digest."""
     files = manifest(folder)
     (folder / MANIFEST).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
-    return _digest(files)
+    return digest_of(files)
 
 
 def verify(folder: Path, expected: str | None) -> dict[str, str]:
@@ -58,12 +90,29 @@ def verify(folder: Path, expected: str | None) -> dict[str, str]:
         wrong = [name for name in names if stated.get(name) != files.get(name)]
         if wrong:
             raise InputError(*(_difference(folder, name, stated, files) for name in wrong))
-    if expected not in (None, _digest(files)):
-        raise InputError(f"backbone.digest: expected {expected}, {folder} has {_digest(files)}")
+    if expected not in (None, digest_of(files)):
+        raise InputError(f"backbone.digest: expected {expected}, {folder} has {digest_of(files)}")
     return files
 
 
-def _digest(files: Mapping[str, str]) -> str:
+def contents(folder: Path, expected: str | None = None) -> dict[str, dict[str, Any]]:
+    """Return each file's `sha256` (hex) and `bytes` by name; raises as `verify` does."""
+    files = verify(folder, expected)
+    return {n: {"sha256": h, "bytes": (folder / n).stat().st_size} for n, h in files.items()}
+
+
+def read_part(path: Path, offset: int, length: int) -> bytes:
+    """Return exactly these bytes; raises `InputError` where the file has become shorter."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read(length)
+    if len(data) != length:
+        raise InputError(f"{path}: became shorter while it was read")
+    return data
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """Return the digest that a folder of these files has: hex SHA-256 by name."""
     return "sha256:" + sha256_of(files)
 
 
