@@ -4,11 +4,17 @@ All of it is post-processing of what the sites released, and of public constants
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
+import torch
 
+from veilgraft.model import head as heads
+from veilgraft.model import tasks
+from veilgraft.model.features import Features
+from veilgraft.model.head import Arrays
 from veilgraft.model.score import Score
+from veilgraft.study import Study
 
 Z = 1.959963984540054
 """97.5% of a standard normal lie below: an interval at 95%."""
@@ -61,3 +67,19 @@ def interval(correct: float, count: float, noise: float) -> tuple[float, float]:
         return 0.0, 1.0
     low, high = ((middle + sign * math.sqrt(root)) / square for sign in (-1, 1))
     return min(max(low, 0.0), 1.0), min(max(high, 0.0), 1.0)
+
+
+def scorer(study: Study, test: Features | None) -> Callable[[Arrays], Score | None]:
+    """Return what scores a head on public records; None where there are none."""
+    if test is None:
+        return lambda _: None
+    dim = test.values.shape[-1]
+    module = heads.module(study.head, dim, len(study.task.labels)).eval()
+    values = test.values.double()
+
+    def evaluate(head: Arrays) -> Score:
+        heads.load(module, head)
+        with torch.inference_mode():
+            return tasks.score(study.task.type, module(values), test.targets, test.mask)
+
+    return evaluate

@@ -82,3 +82,54 @@ def write(folder: Path, content: dict[str, Any]) -> None:
     writer.writeheader()
     writer.writerows({"private": content["private"], **row} for row in content["rounds"])
     write_atomically(folder / "rounds.csv", table.getvalue().encode())
+
+
+def statement(
+    study: Study,
+    *,
+    seed: int | None = None,
+    seeded: Sequence[str] = (),
+    reduced: Sequence[str] = (),
+) -> Sequence[str]:
+    """Return the privacy statement of what a run made, a sentence a line.
+
+    Args:
+        seed: from which all noise came, in a simulation.
+        seeded: sites whose noise came from a seed.
+        reduced: sites whose vault did not stand apart in full.
+    """
+    planned = plan(study)
+    if not study.private:
+        return ["**Not private.** Trained without clipping and noise."]
+    if seed is not None:
+        return [f"**Not private.** The noise came from a seed, {seed}, and can be subtracted."]
+    if seeded:
+        return [
+            f"**Not private.** The noise of {', '.join(seeded)} came from a seed, and can be "
+            "subtracted."
+        ]
+    unit = "record"
+    if study.privacy.column is not None:
+        unit = f"unit, all rows with one value of `{study.privacy.column}`,"
+    said = [
+        f"Each {unit} at each site is protected by (ε, δ)-differential privacy with "
+        f"ε = {planned.epsilon():.4g} at δ = {planned.delta:g} (add or remove one unit; "
+        f"{planned.epsilon(replace_one=True):.4g} for replacing one), over all "
+        f"{planned.rounds} rounds{_measured(study)}.",
+        f"Algorithm `{study.training.algorithm}`, noise multiplier {planned.sigma:.4g}, clip norm "
+        f"{study.privacy.clip_norm:g}; no trust in the coordinator is needed for this.",
+        "A unit that is present at several sites spends at each of them; budgets add.",
+    ]
+    if reduced:
+        said.append(
+            f"Reduced isolation at {', '.join(reduced)}: there, the process with the data was not "
+            "kept apart in full from the one with the network."
+        )
+    return said
+
+
+def _measured(study: Study) -> str:
+    asked = study.evaluation
+    named = {"noised evaluation": asked.private, "noised label counts": asked.label_counts}
+    told = [name for name, each in named.items() if each is not None]
+    return f", {' and '.join(told)} included" if told else ""
