@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := common client server deploy tests
 
-.PHONY: demo test drill check bench bench-real demo-check backbone clean
+.PHONY: demo test drill check bench bench-real demo-check backbone stubs clean
 
 demo: $(STAMP)
 	$(BIN)/veilgraft demo --out runs/demo --overwrite
@@ -33,6 +33,9 @@ demo-check: $(STAMP)
 
 backbone: $(STAMP)
 	$(BIN)/python -m veilgraft_deploy.demo.pretrain
+
+stubs: $(STAMP)
+	$(BIN)/python -m grpc_tools.protoc -Icommon --python_out=common --pyi_out=common --grpc_python_out=common common/veilgraft/service/vault.proto
 
 clean:
 	rm -rf $(VENV) runs

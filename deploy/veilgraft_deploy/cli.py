@@ -18,6 +18,8 @@ from rich.console import Console
 
 import veilgraft
 from veilgraft.errors import InputError, VeilgraftError
+from veilgraft_deploy import coordinator_cli, site_cli
+from veilgraft_deploy.show import AsJson, show
 
 if TYPE_CHECKING:
     from veilgraft.study import Study
@@ -34,13 +36,14 @@ app = typer.Typer(
 study_app = typer.Typer(help="Write, check and describe study files.", no_args_is_help=True)
 backbone_app = typer.Typer(help="Prepare and verify backbones.", no_args_is_help=True)
 ledger_app = typer.Typer(help="Look into a site's privacy ledger.", no_args_is_help=True)
-site_app = typer.Typer(help="What a site needs.", no_args_is_help=True)
+log_app = typer.Typer(help="Look into an event log.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
 app.add_typer(backbone_app, name="backbone")
 app.add_typer(ledger_app, name="ledger")
-app.add_typer(site_app, name="site")
+app.add_typer(log_app, name="log")
+app.add_typer(coordinator_cli.app, name="coordinator")
+app.add_typer(site_cli.app, name="site")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 OutFolder = Annotated[Path, typer.Option("--out", help="The run folder.")]
 StateFolder = Annotated[
     Path | None,
@@ -220,7 +223,7 @@ def study_check(study: Path, as_json: AsJson = False) -> None:
         "epsilon_rdp": planned.rdp_epsilon(),
         "releases": {kind: count for kind, (count, _) in planned.releases.items()},
     }
-    _print_facts(facts, as_json)
+    show(facts, as_json)
 
 
 @study_app.command("schema")
@@ -254,7 +257,7 @@ def backbone_prepare(
     facts = prepare(
         folder, out, public, pooling=pooling, column=column, size=size, max_length=max_length
     )
-    _print_facts(facts, as_json)
+    show(facts, as_json)
 
 
 @backbone_app.command("verify")
@@ -267,7 +270,7 @@ def backbone_verify(
     from veilgraft.model import backbone
 
     files = backbone.verify(folder, digest)
-    _print_facts({"digest": backbone.digest(folder), "files": files}, as_json)
+    show({"digest": backbone.digest(folder), "files": files}, as_json)
 
 
 @ledger_app.command("show")
@@ -291,7 +294,7 @@ def ledger_verify(
 
     with opened(ledger) as book:
         known = None if anchor is None else anchored(anchor)
-        _print_facts({"entries": book.verify(known), "head": book.head()}, as_json)
+        show({"entries": book.verify(known), "head": book.head()}, as_json)
 
 
 @ledger_app.command("anchor")
@@ -304,20 +307,29 @@ def ledger_anchor(ledger: Path) -> None:
         typer.echo(book.head())
 
 
-@site_app.command("check")
-def site_check(
-    site: Annotated[Path, typer.Argument(help="The site's own file.")],
-    study: Annotated[Path, typer.Option(help="The study file.")],
+@log_app.command("show")
+def log_show(
+    path: Annotated[Path, typer.Argument(help="A log, or a site's or coordinator's folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Read a site's records and say what a study would cost it; for the site's eyes only."""
-    from veilgraft_client.policy import Site
-    from veilgraft_deploy.progress import Live
-    from veilgraft_deploy.site import check
+    """Print what was noted, oldest first."""
+    from veilgraft_deploy import journal
 
-    with Live(Console(stderr=True)) as live:
-        facts = check(Site.read(site), _study(study), live)
-    _print_facts(facts, as_json)
+    journal.show(path, as_json=as_json)
+
+
+@log_app.command("verify")
+def log_verify(
+    path: Annotated[Path, typer.Argument(help="A log, or a site's or coordinator's folder.")],
+    anchor: Annotated[
+        str | None, typer.Option(help="A head that was printed earlier, or a file of it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that nothing in a log was changed, left out or rolled back."""
+    from veilgraft_deploy import journal
+
+    show(journal.verify(path, anchor), as_json)
 
 
 def _study(path: Path) -> "Study":
@@ -360,23 +372,5 @@ def _simulate(study: "Study", as_json: bool, **options: Any) -> None:
     console.print(f"run folder: {options['out']}", highlight=False, soft_wrap=True)
 
 
-def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
-        return
-    for key, value in facts.items():
-        typer.echo(f"{key}: {_plain(value)}")
-
-
-def _plain(value: object) -> str:
-    match value:
-        case None | () | []:
-            return "none"
-        case float() if value > 1e-3:
-            return f"{value:.4f}"
-        case dict():
-            return ", ".join(f"{name} {_plain(each)}" for name, each in value.items())
-        case list() | tuple():
-            return ", ".join(map(_plain, value))
-        case _:
-            return str(value)
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,20 @@
-"""`veilgraft site check`: a look at a site's own records and ledger, for the site's eyes only."""
+"""A look at a site's own records, device and ledger, for the site's eyes only.
+
+`site check` runs it in a process without network, as the vault's user.
+"""
 
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from veilgraft.errors import RefusedError
+from veilgraft.model.backbone import FrozenBackbone
 from veilgraft.plan import Plan, plan
 from veilgraft.study import Study
 from veilgraft_client import dataset, policy, units
@@ -21,15 +28,23 @@ class _UndoneError(Exception):
     """Ends a transaction that was only a trial."""
 
 
+TRIED = 16
+"""Records on which the backbone is measured."""
+
 SHOWN = 5
 """Groups of near-equal ids that are shown one by one."""
 
 
-def check(site: Site, study: Study, watcher: Watcher) -> dict[str, Any]:
+def examine(
+    site: Site, study: Study, watcher: Watcher, backbone: Path | None = None
+) -> dict[str, Any]:
     """Return what a person at the site should know before the study is approved.
 
     The counts are measured and exact, and some ids are shown as they stand: all of it is to stay
     at the site.
+
+    Args:
+        backbone: the backbone's folder, whose speed is then measured on this device.
 
     Raises:
         InputError: the site's records can't be read as the study asks.
@@ -51,7 +66,23 @@ def check(site: Site, study: Study, watcher: Watcher) -> dict[str, Any]:
         "labels": _labels(study, records),
         **_units(study, site, records, column),
         **_cost(site, study, planned),
+        **(_speed(site, study, records, backbone) if backbone else {}),
     }
+
+
+def _speed(site: Site, study: Study, records: Records, folder: Path) -> dict[str, Any]:
+    """Return how long the backbone takes on this device, tried on a few of the site's records."""
+    device = site.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    limit = site.limits.max_backbone_bytes
+    backbone = FrozenBackbone.open(folder, study.backbone, device, max_bytes=limit)
+    tried = records.inputs[:TRIED]
+    backbone.features(tried)
+    began = time.perf_counter()
+    backbone.features(tried)
+    each = (time.perf_counter() - began) / max(1, len(tried))
+    return {"device": device, "features_take_seconds": each * len(records)}
 
 
 def _labels(study: Study, records: Records) -> dict[str, int]:

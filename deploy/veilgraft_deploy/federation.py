@@ -11,31 +11,26 @@ import logging
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from flwr.app import Context
 from flwr.serverapp import ServerApp
 
-from veilgraft.model import head as heads
-from veilgraft.model import tasks
-from veilgraft.model.head import Arrays
-from veilgraft.model.score import Score
+from veilgraft.chain import ChainError
 from veilgraft.study import Study
 from veilgraft_client.app import client_app
-from veilgraft_client.chain import ChainError
 from veilgraft_client.ledger import Ledger
 from veilgraft_client.vault import Vault
 from veilgraft_deploy.inprocess import InProcessGrid
 from veilgraft_deploy.population import Population
 from veilgraft_deploy.progress import Silent, Watcher, noted
-from veilgraft_server import checkpoint
-from veilgraft_server.app import Job, server_app
+from veilgraft_server import checkpoint, evaluation
+from veilgraft_server.app import Job, public_generator, server_app
 from veilgraft_server.checkpoint import Progress, Round
 
 Engine = Literal["inprocess", "ray"]
@@ -90,9 +85,8 @@ def federate(run: Run, population: Population) -> Progress:
         run=secrets.token_hex(8),
         dim=population.dim,
         checkpoint=run.checkpoint,
-        # Public, and the same at each start: else sites would be asked for one round twice.
-        generator=np.random.default_rng(list(run.study.digest.encode())),
-        evaluate=_evaluator(run.study, population),
+        generator=public_generator(run.study),
+        evaluate=evaluation.scorer(run.study, population.test),
         tell=lambda round_: run.watcher.step(run.label, round_.round, rounds, noted(round_)),
     )
     engine = _in_process if run.engine == "inprocess" else _ray
@@ -213,19 +207,3 @@ def _shared(facts: str) -> tuple[Run, Ledger, Population]:
 def _vault(run: Run, ledger: Ledger, population: Population, index: int) -> Vault:
     cohort = population.of(index)
     return Vault(population.sites[index], ledger, lambda _: cohort, seed=run.seed)
-
-
-def _evaluator(study: Study, population: Population) -> Callable[[Arrays], Score | None]:
-    """Return what scores a head on the public records; None where there are none."""
-    test = population.test
-    if test is None:
-        return lambda _: None
-    module = heads.module(study.head, population.dim, len(study.task.labels)).eval()
-    values = test.values.double()
-
-    def evaluate(head: Arrays) -> Score:
-        heads.load(module, head)
-        with torch.inference_mode():
-            return tasks.score(study.task.type, module(values), test.targets, test.mask)
-
-    return evaluate

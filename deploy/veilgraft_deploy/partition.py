@@ -112,7 +112,8 @@ def _dealt(
         )
     kept = order[len(held_out) :]
     if len(simulation.data) > 1:
-        return Split(_by_file(simulation, files, kept), held_out)
+        # In the files' own order, as at the sites that they stand for.
+        return Split(_by_file(simulation, files, np.sort(kept)), held_out)
     if simulation.partition.by == "column":
         return Split(_by_flower(simulation, records, kept), held_out)
     if simulation.partition.by == "dirichlet":

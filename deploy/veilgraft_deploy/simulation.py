@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 from veilgraft.durable import write_atomically
 from veilgraft.errors import InputError, Refusal, RefusedError
 from veilgraft.model import export
-from veilgraft.plan import plan
 from veilgraft.study import Study
 from veilgraft_client.ledger import Ledger
 from veilgraft_deploy.comparisons import compare as run_comparisons
@@ -110,7 +109,7 @@ def _simulate(
         study,
         source.backbone,
         rounds.model(progress.state),
-        _statement(run),
+        report.statement(study, seed=run.seed),
         private=_private(run),
     )
     timing = {
@@ -252,31 +251,3 @@ def _spent(run: Run, population: Population) -> list[dict[str, Any]]:
     ]
     ledger.close()
     return spent
-
-
-def _statement(run: Run) -> Sequence[str]:
-    """Return the privacy statement of what the run made, a sentence a line."""
-    study, planned = run.study, plan(run.study)
-    if not study.private:
-        return ["**Not private.** Trained without clipping and noise."]
-    if run.seed is not None:
-        return [f"**Not private.** The noise came from a seed, {run.seed}, and can be subtracted."]
-    unit = "record"
-    if study.privacy.column is not None:
-        unit = f"unit, all rows with one value of `{study.privacy.column}`,"
-    return [
-        f"Each {unit} at each site is protected by (ε, δ)-differential privacy with "
-        f"ε = {planned.epsilon():.4g} at δ = {planned.delta:g} (add or remove one unit; "
-        f"{planned.epsilon(replace_one=True):.4g} for replacing one), over all "
-        f"{planned.rounds} rounds{_measured(study)}.",
-        f"Algorithm `{study.training.algorithm}`, noise multiplier {planned.sigma:.4g}, clip norm "
-        f"{study.privacy.clip_norm:g}; no trust in the coordinator is needed for this.",
-        "A unit that is present at several sites spends at each of them; budgets add.",
-    ]
-
-
-def _measured(study: Study) -> str:
-    asked = study.evaluation
-    named = {"noised evaluation": asked.private, "noised label counts": asked.label_counts}
-    told = [name for name, each in named.items() if each is not None]
-    return f", {' and '.join(told)} included" if told else ""

@@ -1,11 +1,9 @@
 """A simulation's records, and the populations that are made of them."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +59,7 @@ class Source:
         records = Records(pa.concat_tables([part.table for part in read]))
         private = study.evaluation.private is not None
         hold_out = public is None and not private and simulation.data_is_public
-        people = Units(records, lambda: _key(state, seed))
+        people = Units(records, lambda: units.site_key(state, seed))
         parts = split(simulation, records, files, people, hold_out=hold_out)
         if hold_out:
             watcher.say(f"{len(parts.held_out)} records held out; public by assumption")
@@ -86,7 +84,7 @@ class Source:
         """Return the sites with plain features of the input itself, in the backbone's place."""
         modality = self.study.backbone.modality
         return self._population(
-            declared(self.study), lambda records: raw.features(modality, inputs(records))
+            declared(self.study), lambda records: raw.features(modality, records.inputs)
         )
 
     def _population(self, custody: Custody, make: Callable[[Records], Values]) -> Population:
@@ -111,23 +109,10 @@ class Source:
         return store.get(
             self.study.backbone,
             lambda: self.backbone,
-            inputs(records),
+            records.inputs,
             records.fingerprint,
             progress=lambda done, total: self.watcher.step("features", done, total),
         )
-
-
-def inputs(records: Records) -> list[Any]:
-    """Return the records' texts, or their images as encoded bytes."""
-    values: list[Any] = records.table["input"].to_pylist()
-    return values
-
-
-def _key(state: Path, seed: int | None) -> bytes:
-    """Return the state folder's secret key; a run with a seed is not private, and repeatable."""
-    if seed is None:
-        return units.site_key(state)
-    return hashlib.sha256(f"veilgraft/site-key/seeded/1\n{seed}".encode()).digest()
 
 
 def _read(study: Study, source: DataSource, watcher: Watcher) -> Records:

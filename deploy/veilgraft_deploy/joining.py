@@ -1,0 +1,342 @@
+"""`veilgraft site join`: from an invitation and a data path to a site that may start.
+
+Nothing is told to the coordinator but that this site, with these keys, is the one it invited. A
+join that was broken off goes on when it is called again: the keys are kept, for the token is bound
+to them.
+"""
+
+import contextlib
+import json
+import math
+import ssl
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from rich.console import Console
+
+from veilgraft.config import canonical
+from veilgraft.durable import write_atomically
+from veilgraft.errors import InputError, Refusal, RefusedError, VeilgraftError
+from veilgraft.events import EventLog
+from veilgraft.identity import SigningKey
+from veilgraft.invitation import Coordinator, Invitation, Rotation
+from veilgraft.plan import plan
+from veilgraft.study import Study
+from veilgraft_client.bundles import Bundles
+from veilgraft_client.policy import Site
+from veilgraft_client.studies import Studies
+from veilgraft_deploy import doctor
+from veilgraft_deploy.office import order
+from veilgraft_deploy.place import Place, pin, user
+from veilgraft_deploy.provision import install_bundle
+
+ENROL_SECONDS = 30.0
+ENROL_PATH = "/veilgraft/enrol"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a person says of the site; the rest of `site.yaml` has safe values.
+
+    Attributes:
+        data: the records; with the columns that matter.
+        units: the number of units to declare, a round one.
+        max_epsilon: for the life of the data; by default what the study asks for.
+    """
+
+    data: Path
+    units: int
+    label: str | None = None
+    input: str | None = None
+    unit: str | None = None
+    max_epsilon: float | None = None
+    held_out: float | None = None
+    public: bool = False
+    seed: int | None = None
+    isolation: str = "full"
+    courier_user: str | int | None = None
+
+
+def join(
+    invitation: Invitation,
+    answers: Answers,
+    folder: Path,
+    backbone: Path | None,
+    console: Console,
+    approved: str | None,
+) -> dict[str, Any]:
+    """Take a site from an invitation to where it may start; return what was agreed.
+
+    Args:
+        backbone: the backbone's folder, where it came by hand.
+        approved: the study's digest, where a person has approved it already; else one is asked.
+
+    Raises:
+        InputError: something is wrong here, said in plain words.
+        RefusedError: the person, or the site's own file, says no.
+        VeilgraftError: the coordinator can't be reached.
+    """
+    place = prepare(invitation, answers, folder)
+    study = invitation.contract
+    with place.as_owner():
+        Studies(place.site.state).propose(canonical(invitation.study).encode())
+        if backbone is not None:
+            limit = place.site.limits.max_backbone_bytes
+            Bundles(place.site.state / "backbones", limit).add(backbone, study.backbone.digest)
+    facts, problems = doctor.check(place)
+    if problems:
+        raise InputError(*problems)
+    _explain(console, place, study, facts)
+    if approved is None and not typer.confirm("Approve this study?", err=True):
+        raise RefusedError(Refusal.STUDY_NOT_APPROVED, f"{study.digest}: not approved")
+    order(place, "approve", study.digest)
+    with place.as_owner(), contextlib.closing(EventLog(place.events)) as events:
+        events.note("joined", coordinator=invitation.coordinator.identity.id, site=invitation.site)
+    enrol(place, invitation)
+    return {
+        "site": invitation.site,
+        "study": study.digest,
+        "coordinator": invitation.coordinator.identity.fingerprint,
+        "next": f"veilgraft site start --dir {folder}",
+    }
+
+
+def _explain(console: Console, place: Place, study: Study, facts: dict[str, Any]) -> None:
+    """Show what would leave, what it would cost, and whom the site is about to trust."""
+    planned = plan(study)
+    for examined in facts["studies"]:
+        counts = ", ".join(f"{name} {count}" for name, count in examined["labels"].items())
+        console.print(f"[bold]Here[/], for your eyes only: {examined['records']} records; {counts}")
+    leaves = ", ".join(f"{count} × {kind}" for kind, (count, _) in planned.releases.items())
+    console.print(f"[bold]Study[/] {study.name}: {study.purpose}", highlight=False)
+    console.print(f"[bold]What would leave[/]: {leaves}, noised; and a yes or a no")
+    epsilon = planned.epsilon()
+    cost = "no privacy at all" if epsilon is None else f"ε = {epsilon:.4g} at δ = {planned.delta:g}"
+    cap = place.site.limits.max_epsilon
+    console.print(f"[bold]What it would cost[/]: {cost}, of {cap:g} for the life of your data")
+    console.print(f"[bold]Whom you would trust to ask[/]: {place.coordinator.address}, key")
+    console.print(f"    {place.coordinator.identity.fingerprint}", highlight=False)
+    console.print("Compare these digits with the coordinator's by phone before you approve.")
+    console.print(f"[bold]Digest[/] {study.digest}", highlight=False, soft_wrap=True)
+
+
+def accept_rotation(place: Place, path: Path, *, ask: bool) -> dict[str, Any]:
+    """Pin a coordinator's new key, which the old one signed.
+
+    Raises:
+        InputError: it is no statement, or not by the key that is pinned.
+        RefusedError: the person says no.
+    """
+    pinned = place.coordinator
+    try:
+        new = Rotation.read(path).verified(pinned.identity)
+    except InputError as error:
+        raise InputError(
+            f"{path}: {error}" if str(path) not in str(error) else str(error)
+        ) from None
+    if ask:
+        typer.echo(f"old key: {pinned.identity.fingerprint}\nnew key: {new.fingerprint}", err=True)
+        if not typer.confirm("Compared by phone, and to be trusted from now on?", err=True):
+            raise RefusedError(Refusal.REQUEST_INVALID, f"{path}: not accepted")
+    changed = pinned.model_copy(update={"key": new.text})
+    with place.as_owner(), contextlib.closing(EventLog(place.events)) as events:
+        pin(place.pinned, changed)
+        events.note("rotated", old=pinned.identity.id, new=new.id)
+    return {"old": pinned.identity.fingerprint, "new": new.fingerprint}
+
+
+def prepare(invitation: Invitation, answers: Answers, folder: Path) -> Place:
+    """Make the site's folder with its keys and a commented `site.yaml`; one that is there is kept.
+
+    Raises:
+        InputError: the folder holds something else, or the answers make no valid `site.yaml`.
+    """
+    place = Place(folder.resolve())
+    if place.path.exists() and any(place.path.iterdir()) and not place.config.exists():
+        raise InputError(f"{folder}: expected no folder, an empty one, or one that joined before")
+    text = draft(invitation, answers)
+    Site.parse(yaml.safe_load(text), name=str(place.config), base=place.path)
+    courier = user(answers.courier_user)
+    for made in (place.path, place.state, place.courier, place.work, place.run, place.logs):
+        made.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Searchable, so that the courier finds its own folders; all others in it are closed.
+    place.path.chmod(0o711)
+    if not place.config.exists():
+        write_atomically(place.config, text.encode())
+        place.config.chmod(0o600)
+    if not place.identity.exists():
+        SigningKey.generate().save(place.identity)
+    if not place.node_key.exists():
+        _make_node_key(place.node_key)
+    install_bundle(place.flower)
+    _pin(place, invitation.coordinator)
+    place.settle(courier)
+    return Place.open(folder)
+
+
+def _pin(place: Place, coordinator: Coordinator) -> None:
+    if place.pinned.exists() and place.coordinator.key != coordinator.key:
+        before, now = place.coordinator.identity.fingerprint, coordinator.identity.fingerprint
+        raise InputError(
+            f"{place.pinned}: the key {before} is pinned; this invitation's is {now}. If the old "
+            "was compromised, or the coordinator is to change, remove the file and join again"
+        )
+    pin(place.pinned, coordinator)
+    place.pinned.chmod(0o600)
+    pin(place.courier / "coordinator.json", coordinator)
+    write_atomically(place.courier / "ca.pem", coordinator.ca.encode())
+
+
+def _make_node_key(path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP384R1())
+    pem = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    path.touch(mode=0o600)
+    path.write_bytes(pem)
+
+
+def enrol(place: Place, invitation: Invitation) -> None:
+    """Show the edge both keys and the token; the same again changes nothing.
+
+    Raises:
+        InputError: the edge says no: token used, expired or revoked.
+        VeilgraftError: the edge can't be reached, or is not the one that the invitation names.
+    """
+    identity = SigningKey.load(place.identity)
+    node = serialization.load_ssh_private_key(place.node_key.read_bytes(), None)
+    assert isinstance(node, ec.EllipticCurvePrivateKey)
+    public = node.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    body = canonical(
+        {
+            "site": invitation.site,
+            "token": invitation.token,
+            "identity": identity.public.text,
+            "node": public.decode(),
+            "time": int(time.time()),
+        }
+    ).encode()
+    proofs = {
+        "content-type": "application/json",
+        "x-veilgraft-signature": identity.sign("enrolment", body).hex(),
+        "x-veilgraft-node-signature": node.sign(body, ec.ECDSA(hashes.SHA256())).hex(),
+    }
+    _post(invitation.coordinator, body, proofs)
+
+
+def _post(coordinator: Coordinator, body: bytes, headers: dict[str, str]) -> None:
+    context = ssl.create_default_context(cadata=coordinator.ca)
+    url = f"https://{coordinator.address}{ENROL_PATH}"
+    request = urllib.request.Request(url, body, headers)
+    # No proxy from the environment: what is pinned is one host.
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+    )
+    try:
+        with opener.open(request, timeout=ENROL_SECONDS) as answer:
+            answer.read(4096)
+    except urllib.error.HTTPError as error:
+        if error.code == 403:
+            raise InputError(
+                "invitation: the coordinator refuses it: used by other keys, expired or revoked, "
+                "or this machine's clock is wrong; ask for a new one"
+            ) from None
+        raise VeilgraftError(
+            f"{coordinator.address}: can't enrol now (HTTP {error.code}); try again"
+        ) from None
+    except (OSError, ssl.SSLError) as error:
+        reason = getattr(error, "reason", error)
+        raise VeilgraftError(
+            f"{coordinator.address}: can't be reached ({reason}); the site needs to open a TCP "
+            "connection there"
+        ) from None
+
+
+def draft(invitation: Invitation, answers: Answers) -> str:
+    """Return the text of `site.yaml`, commented, for a person to look over."""
+    study = invitation.contract
+    held_out = answers.held_out
+    if held_out is None:
+        held_out = 0.1 if study.evaluated else 0.0
+    source: dict[str, Any] = {"path": str(answers.data.resolve())}
+    for key in ("label", "input", "unit"):
+        value = {"label": answers.label, "input": answers.input, "unit": answers.unit}[key]
+        if value is not None:
+            source[key] = value
+    values = {
+        "site": invitation.site,
+        "data": json.dumps(source, ensure_ascii=False),
+        "units": answers.units,
+        "held_out": held_out,
+        "max_epsilon": _cap(study, answers.max_epsilon),
+        "delta": 2 * study.privacy.delta,
+        "public": "true" if answers.public else "false",
+        "isolation": answers.isolation,
+        "courier_user": "null" if answers.courier_user is None else answers.courier_user,
+        "seed": "null" if answers.seed is None else answers.seed,
+    }
+    return _SITE.format_map(values)
+
+
+def _cap(study: Study, asked: float | None) -> float:
+    if asked is not None:
+        return asked
+    # Equal events priced in another order differ in the last digits.
+    return math.ceil((plan(study).epsilon() or 1.0) * 1000 * (1 + 1e-6)) / 1000
+
+
+_SITE = """\
+# What this site gives and allows. It is yours: no coordinator can change it, and nothing that one
+# sends counts against it. After a change: veilgraft site check, and start again.
+site: {site}
+
+# The records. They are read by the vault alone, a process without network.
+data: {data}
+
+# The number of people or records that you declare, a round one. It stands in the arithmetic in the
+# place of the real number, which would show through.
+units: {units}
+
+# The share that models are evaluated on and never trained on; fixed for the life of the data.
+held_out: {held_out}
+
+# In your own words, for the record.
+consent: ""
+anonymisation: ""
+
+limits:
+  # What may ever be spent, over all studies and for the life of the data. A study that would go
+  # beyond it is refused before it starts.
+  max_epsilon: {max_epsilon}
+  delta: {delta:g}
+  min_units: 1
+
+# True only where nobody's privacy is at stake; then, and only then, may a study run without noise,
+# or with a seed.
+data_is_public: {public}
+seed: {seed}
+
+# full: private records are served only where the vault has no network, and the courier is a user of
+# its own who can't read what the vault reads. reduced: you accept less; the statement of privacy
+# that comes with the model says so.
+isolation: {isolation}
+courier_user: {courier_user}
+
+# Answers leave at multiples of so many seconds, so that the time they took tells little.
+reply_seconds: 1.0
+
+device: auto
+state: state
+"""

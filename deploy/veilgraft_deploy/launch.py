@@ -1,0 +1,88 @@
+"""Start Flower's app processes so that they run the installed apps, whatever bundle came.
+
+A read-only FLWR_HOME alone does not hold in Flower 1.41: an app is installed under
+`apps/PUBLISHER.NAME.VERSION.HASH`, and a bundle whose version holds `/../` is unpacked, and loaded,
+wherever its writer likes. So the executor's PATH leads to `FLWR_HOME/bin`, and from there to here:
+a bundle is compared, byte for byte, with the installed one, and every other is refused before it is
+unpacked. Agents, connectors, models and simulations, which Flower would start too, are refused.
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import veilgraft  # noqa: F401 - its switches must be set before Flower is imported
+
+
+def main() -> None:
+    """Run the Flower command named by the first argument, or exit with 1."""
+    command, sys.argv = sys.argv[1], sys.argv[1:]
+    if log := os.environ.get("VEILGRAFT_APP_LOG"):
+        _write_to(Path(log))
+    match command:
+        case "flwr-clientapp":
+            client_app()
+        case "flwr-serverapp":
+            server_app()
+        case _:
+            sys.exit(f"{command}: refused; only the installed apps run here")
+
+
+def client_app() -> None:
+    """Run the courier for one message."""
+    from flwr.supernode.cli import flwr_clientapp
+
+    runtime = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+    utils = importlib.import_module("flwr.clientapp.utils")
+    _replace(runtime, "install_from_fab", only_installed)
+    # Id and version come beside the bundle, and could lead to another folder.
+    _replace(runtime, "get_project_dir", _installed)
+    _replace(utils, "get_project_dir", _installed)
+    flwr_clientapp()
+
+
+def server_app() -> None:
+    """Run the coordinator's app."""
+    from flwr.superlink.cli import flwr_serverapp
+
+    # The package names its function as it names this module, which an import would give instead.
+    runtime = importlib.import_module("flwr.superlink.runtime.run_serverapp")
+    _replace(runtime, "install_from_fab", only_installed)
+    _replace(runtime, "get_project_dir", _installed)
+    flwr_serverapp()
+
+
+def only_installed(fab: bytes, *_: object, **__: object) -> Path:
+    """Return the installed app; raises `PermissionError` for any bundle but its own."""
+    if fab != (_home() / "bundle.fab").read_bytes():
+        raise PermissionError("the bundle is not the one that is installed here")
+    return _installed()
+
+
+def _installed(*_: object) -> Path:
+    (app,) = (_home() / "apps").iterdir()
+    return app
+
+
+def _home() -> Path:
+    return Path(os.environ["FLWR_HOME"])
+
+
+def _write_to(log: Path) -> None:
+    """Keep what the app says: Flower's executor throws a ServerApp's output away."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def _replace(module: Any, name: str, new: object) -> None:
+    """Put `new` where Flower looks; a Flower that has moved it must not run unguarded."""
+    if not callable(getattr(module, name, None)):
+        raise AttributeError(f"{module}: expected {name} there; this Flower can't be guarded")  # noqa: TRY004
+    setattr(module, name, new)
+
+
+if __name__ == "__main__":
+    main()
