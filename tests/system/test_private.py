@@ -327,7 +327,7 @@ def test_a_site_looks_at_its_own_records_and_is_warned_of_near_equal_ids(
     }
     (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
     study = written(tmp_path, privacy=PERSON, evaluation=MEASURED)
-    command = ("site", "check", tmp_path / "site.yaml", "--study", study)
+    command = ("site", "examine", tmp_path / "site.yaml", "--study", study)
     done = veilgraft(*command, "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
