@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := common client server deploy tests
 
-.PHONY: demo test drill check bench bench-real demo-check backbone stubs clean
+.PHONY: demo test drill check bench bench-real demo-check backbone stubs wheels clean
 
 demo: $(STAMP)
 	$(BIN)/veilgraft demo --out runs/demo --overwrite
@@ -36,6 +36,10 @@ backbone: $(STAMP)
 
 stubs: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -Icommon --python_out=common --pyi_out=common --grpc_python_out=common common/veilgraft/service/vault.proto
+
+wheels: $(STAMP)
+	$(BIN)/python -m pip wheel --quiet -w deploy/docker/wheels -c constraints.txt torch
+	$(BIN)/python -m pip wheel --quiet -w deploy/docker/wheels --find-links deploy/docker/wheels -c constraints.txt ".[vault]"
 
 clean:
 	rm -rf $(VENV) runs

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from veilgraft.errors import InputError, Refusal, RefusedError, VeilgraftError
 from veilgraft.messages import Envelope
@@ -99,6 +100,17 @@ class DeskClient:
             raise _error(outcome)
         shown: dict[str, Any] = json.loads(outcome.json)
         return shown
+
+
+def healthy(socket: Path, wait_seconds: float = 5.0) -> bool:
+    """Return whether what listens at a vault's socket says that it serves."""
+    try:
+        with _channel(socket, MAX_CHUNK) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=wait_seconds)
+    except (OSError, grpc.RpcError):
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 @contextlib.contextmanager

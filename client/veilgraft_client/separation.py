@@ -1,6 +1,6 @@
 """What separates the vault from the courier on this machine: measured, not believed.
 
-- network: no interface of the vault's network namespace is up, not even the loopback;
+- network: no interface of the vault's network namespace is up but, at most, a loopback;
 - user: the courier is another user, and the vault can't gain what it gave up;
 - files: the courier's user can neither read the data and the state folder nor put others there.
 
@@ -28,6 +28,7 @@ from veilgraft.errors import InputError
 
 _SIOCGIFFLAGS = 0x8913
 _IFF_UP = 1
+_IFF_LOOPBACK = 8
 _ACLS = {"system.posix_acl_access", "system.nfs4_acl", "system.richacl"}
 _READ, _WRITE, _SEARCH = 4, 2, 1
 _TRIAL_SECONDS = 60.0
@@ -153,7 +154,7 @@ def _network() -> Separation:
             "or in a container or unit without network"
         )
         return Separation("network", False, reason)
-    return Separation("network", True, "no interface is up here, the loopback included")
+    return Separation("network", True, "no interface is up here but, at most, a loopback")
 
 
 def _interfaces_up() -> Iterator[str]:
@@ -162,7 +163,9 @@ def _interfaces_up() -> Iterator[str]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as asked:
         for name in (line.partition(":")[0].strip() for line in lines):
             answer = fcntl.ioctl(asked, _SIOCGIFFLAGS, struct.pack("16sH22x", name.encode(), 0))
-            if struct.unpack_from("H", answer, 16)[0] & _IFF_UP:
+            flags = struct.unpack_from("H", answer, 16)[0]
+            # Containers and units without network have a loopback, which leads to nobody else.
+            if flags & _IFF_UP and not flags & _IFF_LOOPBACK:
                 yield name
 
 

@@ -107,3 +107,19 @@ def edge(folder: Folder) -> None:
     from veilgraft_deploy import parts
 
     parts.edge(folder)
+
+
+@app.command(hidden=True)
+def prepare(folder: Folder) -> None:
+    """Bring the folder up to date before its parts start; containers and units run it."""
+    from veilgraft_deploy import conductor
+
+    conductor.prepare(folder)
+
+
+@app.command(hidden=True)
+def conduct(folder: Folder, as_json: AsJson = False) -> None:
+    """Start and watch the run of parts that something else keeps alive."""
+    from veilgraft_deploy import conductor
+
+    conductor.conduct(folder, as_json=as_json)

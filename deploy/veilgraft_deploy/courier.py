@@ -91,7 +91,7 @@ def courier(path: Path) -> int:
         "VEILGRAFT_SOCKET": str(place.socket),
     }
     supernode = [
-        *_tool("flower-supernode"),
+        *(sys.executable, "-P", "-m", "veilgraft_deploy.launch", "flower-supernode"),
         *("--superlink", pinned.address),
         *("--root-certificates", str(place.courier / "ca.pem")),
         *("--auth-supernode-private-key", str(place.node_key)),

@@ -21,7 +21,7 @@ from veilgraft.errors import InputError
 from veilgraft.identity import SigningKey
 from veilgraft.invitation import Coordinator
 from veilgraft_client.bundles import Bundles
-from veilgraft_client.separation import Separation, vault_command, would_hold
+from veilgraft_client.separation import Separation, courier_command, vault_command, would_hold
 from veilgraft_client.studies import Studies
 from veilgraft_deploy.office import secrets, shared
 from veilgraft_deploy.place import Place
@@ -49,7 +49,7 @@ def check(place: Place, study: Path | None = None) -> tuple[dict[str, Any], list
     }
     if place.site.isolation == "full" and not place.site.data_is_public:
         problems += [f"{each.name}: {each.reason}" for each in separations if not each.holds]
-    problems += _permissions(place)
+    problems += _permissions(place) + _reach(place)
     if place.pinned.exists():
         facts["connection"], wrong = connection(place.coordinator)
         problems += wrong
@@ -95,6 +95,22 @@ def _permissions(place: Place) -> list[str]:
         except OSError as error:
             problems.append(f"{place.state}: can't be written: {error.strerror}")
     return problems
+
+
+def _reach(place: Place) -> list[str]:
+    """Return what keeps the courier's user from running at all."""
+    found = place.courier_user
+    if os.geteuid() != 0 or found is None:
+        return []
+    prefix = courier_command([], found[0], min(found[1]))
+    for needed in (sys.executable, str(Path(__file__))):
+        test = [*prefix, "test", "-r", needed]
+        if subprocess.run(test, check=False, capture_output=True).returncode:  # noqa: S603
+            return [
+                f"{needed}: user {found[0]} can't read it; install Python and Veilgraft where all "
+                "users may enter, such as /opt"
+            ]
+    return []
 
 
 def connection(coordinator: Coordinator) -> tuple[dict[str, Any], list[str]]:

@@ -6,8 +6,10 @@ to them.
 """
 
 import contextlib
+import hashlib
 import json
 import math
+import os
 import ssl
 import time
 import urllib.error
@@ -165,21 +167,45 @@ def prepare(invitation: Invitation, answers: Answers, folder: Path) -> Place:
     text = draft(invitation, answers)
     Site.parse(yaml.safe_load(text), name=str(place.config), base=place.path)
     courier = user(answers.courier_user)
+    fresh = not place.config.exists()
     for made in (place.path, place.state, place.courier, place.work, place.run, place.logs):
         made.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Searchable, so that the courier finds its own folders; all others in it are closed.
     place.path.chmod(0o711)
-    if not place.config.exists():
+    if fresh:
         write_atomically(place.config, text.encode())
         place.config.chmod(0o600)
+    elif place.site.site != invitation.site:
+        raise InputError(f"{invitation.site}: {place.config} is of site {place.site.site}")
     if not place.identity.exists():
         SigningKey.generate().save(place.identity)
-    if not place.node_key.exists():
-        _make_node_key(place.node_key)
+    _settle_node_key(place, invitation)
     install_bundle(place.flower)
     _pin(place, invitation.coordinator)
+    if fresh:
+        _hand_over(place, answers.data)
     place.settle(courier)
     return Place.open(folder)
+
+
+def _hand_over(place: Place, data: Path) -> None:
+    """Make whoever owns the records the folder's owner, and so the vault's user."""
+    if os.geteuid() != 0 or not data.exists():
+        return
+    found = data.stat()
+    for path in (place.path, *place.path.iterdir(), *place.state.iterdir()):
+        os.chown(path, found.st_uid, found.st_gid)
+
+
+def _settle_node_key(place: Place, invitation: Invitation) -> None:
+    """Make a new key for each invitation, and keep it: the edge binds it to the token."""
+    mark = place.courier / "invitation"
+    token = hashlib.sha256(invitation.token.encode()).hexdigest()
+    if place.node_key.exists() and mark.exists() and mark.read_text() == token:
+        return
+    place.node_key.unlink(missing_ok=True)
+    _make_node_key(place.node_key)
+    write_atomically(mark, token.encode())
 
 
 def _pin(place: Place, coordinator: Coordinator) -> None:
@@ -213,7 +239,8 @@ def enrol(place: Place, invitation: Invitation) -> None:
         InputError: the edge says no: token used, expired or revoked.
         VeilgraftError: the edge can't be reached, or is not the one that the invitation names.
     """
-    identity = SigningKey.load(place.identity)
+    with place.as_owner():
+        identity = SigningKey.load(place.identity)
     node = serialization.load_ssh_private_key(place.node_key.read_bytes(), None)
     assert isinstance(node, ec.EllipticCurvePrivateKey)
     public = node.public_key().public_bytes(

@@ -5,6 +5,7 @@ Records are read, and features made, in this process alone; where it serves, it 
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 from functools import cached_property, lru_cache
@@ -162,6 +163,8 @@ def serve(place: Place) -> None:
                     office.prepare(study)
             stopping.wait()
         office.events.note("stopped")
+    # A request that hangs would keep its thread, and the process, for ever; all is on the disk.
+    os._exit(0)
 
 
 def separations(place: Place) -> tuple[Separation, ...]:

@@ -16,8 +16,7 @@ POLL_SECONDS = "0.1"
 
 def superlink(folder: Path) -> None:
     """Run the SuperLink on loopback."""
-    place = Folder(folder)
-    _switch(place)
+    place = _place(folder)
     from flwr.superlink.cli import flower_superlink
 
     sys.argv = [
@@ -38,8 +37,7 @@ def superlink(folder: Path) -> None:
 
 def executor(folder: Path) -> None:
     """Run Flower's executor, which starts the ServerApp; its user alone may read `signing.pem`."""
-    place = Folder(folder)
-    _switch(place)
+    place = _place(folder)
     from flwr.supercore.cli import flower_superexec
 
     os.environ.update(
@@ -61,7 +59,7 @@ def edge(folder: Path) -> None:
     """Run the edge, the one part that is reachable from outside."""
     from veilgraft_server import edge as server
 
-    place = Folder(folder)
+    place = _place(folder)
     settings = place.settings
     server.serve(
         server.Settings(
@@ -77,16 +75,17 @@ def edge(folder: Path) -> None:
     )
 
 
-def _switch(place: Folder) -> None:
-    """Set what Flower reads when it is imported."""
-    os.environ["FLWR_HOME"] = str(place.home)
-    os.environ["FLWR_LOG_LEVEL"] = "WARNING"
+def _place(folder: Path) -> Folder:
+    """Return the folder; sets what Flower reads when it is imported, and who may read its files."""
+    place = Folder.open(folder)
+    os.umask(0o027)
+    os.environ.update(FLWR_HOME=str(place.home), FLWR_LOG_LEVEL="WARNING")
+    return place
 
 
 def main() -> None:
     """Run `superlink`, `executor` or `edge` of a folder: `python -m … PART DIR`."""
     part, folder = sys.argv[1], Path(sys.argv[2])
-    os.umask(0o027)
     {"superlink": superlink, "executor": executor, "edge": edge}[part](folder)
 
 

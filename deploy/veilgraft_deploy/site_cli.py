@@ -228,11 +228,12 @@ def courier(folder: Folder) -> None:
 
 @app.command(hidden=True)
 def health(folder: Folder) -> None:
-    """Exit with 0 where the vault answers."""
-    from veilgraft_deploy.office import runs
+    """Exit with 0 where the vault answers, on whichever socket this user may open."""
+    from veilgraft_client.connection import healthy
     from veilgraft_deploy.place import Place
 
-    if not runs(Place(folder.resolve())):
+    place = Place(folder.resolve())
+    if not (healthy(place.desk) or healthy(place.socket)):
         raise typer.Exit(1)
 
 

@@ -139,15 +139,11 @@ class Edge:
     async def _answer(self, request: Request) -> Response:
         called = route(request.scope)
         try:
-            match called:
-                case None:
-                    return refusal(403)
-                case "/veilgraft/health":
-                    return Response(b"ok\n", media_type="text/plain")
-                case "/veilgraft/enrol":
-                    return await self._enrol(request)
-                case call:
-                    return await self._pass(call, request)
+            if called is None:
+                return refusal(403)
+            if called == HEALTH:
+                return Response(b"ok\n", media_type="text/plain")
+            return await (self._enrol(request) if called == ENROL else self._pass(called, request))
         except _RefusedStatusError as error:
             return refusal(error.status)
         except sqlite3.Error as error:

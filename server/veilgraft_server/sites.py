@@ -128,7 +128,7 @@ class Sites:
         """Send the backbone to nodes that lack it; return those that now have all of it."""
         if not sites or self.backbone is None:
             return set()
-        manifest = distribution.manifest(self.backbone)
+        manifest = distribution.manifest(self.backbone, self.study.backbone.digest)
         offers = {node: self._offer(node, site, manifest) for node, site in sites.items()}
         missing = self.post.ask(offers, _wanted, GREETING_SECONDS).valid
         sent = 0
@@ -155,8 +155,7 @@ class Sites:
         return left | last
 
     def _parts(self, node: int, site: str, missing: Mapping[str, int]) -> Iterator[Asked]:
-        assert self.backbone is not None
-        for name, offset, data in islice(distribution.parts(self.backbone, missing), WINDOW):
+        for name, offset, data in islice(self._chunks(missing), WINDOW):
             part = Part(
                 site=site,
                 study=self.study.digest,
@@ -166,6 +165,11 @@ class Sites:
                 payload=messages.digest(data),
             )
             yield Asked(node, part, data, MessageType.QUERY, "backbone")
+
+    def _chunks(self, missing: Mapping[str, int]) -> Iterator[tuple[str, int, bytes]]:
+        assert self.backbone is not None
+        pinned = self.study.backbone.digest
+        return distribution.parts(self.backbone, missing, expected=pinned)
 
     def _offer(self, node: int, site: str, manifest: bytes) -> Asked:
         offer = Offer(

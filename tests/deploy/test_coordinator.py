@@ -32,7 +32,7 @@ from veilgraft.identity import PublicKey, SigningKey
 from veilgraft.invitation import Invitation, Rotation
 from veilgraft.model.features import Features
 from veilgraft.study import Study
-from veilgraft_deploy import conductor, coordinator, supervisor
+from veilgraft_deploy import conductor, coordinator, processes, supervisor
 from veilgraft_deploy.control import Control, Unreachable
 from veilgraft_deploy.progress import Silent
 from veilgraft_deploy.provision import Bundle, bundle
@@ -360,16 +360,28 @@ def pushed_elsewhere(folder: Path, marker: Path) -> None:
     assert not (folder / f"out.{digest[:8]}").exists()
 
 
-def test_a_run_that_was_given_up_ends_the_coordinator_with_its_exit_code(folder: Path) -> None:
+def test_an_app_that_is_killed_is_run_again_and_one_that_gives_up_ends_the_coordinator(
+    folder: Path,
+) -> None:
     place = Folder.open(folder)
     with started(folder) as process:
-        until(lambda: process.poll() is not None or runs(folder))
+        until(lambda: process.poll() is not None or place.status.exists())
         assert process.poll() is None, process.communicate()
+        killed = app(folder)
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: app(folder) not in (None, killed))
         place.outcome.write_text(json.dumps({"error": "1 of 2 sites", "exit_code": 4}))
         _, err = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 4
     assert "1 of 2 sites" in err
     assert children(folder) == {}
+
+
+def app(folder: Path) -> Any:
+    """Return the process id of the ServerApp, the executor's one child; None: not there."""
+    executor = children(folder).get("executor")
+    found = processes.members({executor}, "\0") if executor else []
+    return next((process.pid for process in found if process.pid != executor), None)
 
 
 def test_a_run_that_is_done_is_shown_and_not_run_again(

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import typer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from packaging.requirements import Requirement
 from tests.deploy.kit import COURIER, EDGE, KIT, PARTS, VAULT
+
+from veilgraft_deploy import cli, place
 
 HEAVY = {"torch", "opacus", "transformers", "pyarrow", "datasets", "tokenizers", "scikit-learn"}
 
@@ -39,11 +42,9 @@ def test_an_image_is_built_without_a_network_and_runs_without_privileges(part: s
     wanted = {
         "vault": '"veilgraft[vault]"',
         "courier": "veilgraft",
-        "coordinator": 'veilgraft "${EXTRA}"',
+        "coordinator": '"veilgraft[vault]"',
     }
     assert installs[0].rsplit("/wheels ", 1)[1].strip() == wanted[part]
-    if part == "coordinator":
-        assert "ARG EXTRA=dp-accounting" in lines
     uid = {"vault": VAULT, "courier": COURIER, "coordinator": EDGE}[part]
     assert [line for line in lines if line.startswith("USER")] == [f"USER {uid}:{uid}"]
     assert any(f"--uid {uid} " in step for step in steps)
@@ -243,3 +244,17 @@ def test_a_proxy_only_stands_in_front_of_the_edge() -> None:
     assert re.findall(r"reverse_proxy (\S+)", code) == ["https://127.0.0.1:9443"]
     assert "tls_trust_pool file" in code
     assert not re.search(r"insecure|handle|rewrite|uri |9092", code)
+
+
+# What the kits name, as Veilgraft names it
+
+
+def test_veilgraft_has_each_command_that_a_kit_runs() -> None:
+    for command in [*PARTS.values(), "site health --dir x"]:
+        main, part = command.split()[:2]
+        group = typer.main.get_command(cli.app).commands[main]  # type: ignore[attr-defined]
+        assert part in group.commands, command
+
+
+def test_the_couriers_number_is_the_one_that_joining_writes() -> None:
+    assert place.DEFAULT_COURIER == COURIER
