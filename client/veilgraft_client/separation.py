@@ -32,6 +32,11 @@ _IFF_LOOPBACK = 8
 _ACLS = {"system.posix_acl_access", "system.nfs4_acl", "system.richacl"}
 _READ, _WRITE, _SEARCH = 4, 2, 1
 _TRIAL_SECONDS = 60.0
+_HIDDEN = (
+    *("unshare", "--mount", "--propagation", "private", "--", "sh", "-c"),
+    'mount -t proc -o nosuid,nodev,noexec,hidepid=2 proc /proc && exec "$@"',
+    "sh",
+)
 _NO_USER = (
     "the courier has no user of its own; start as root with courier_user set, or accept "
     "`isolation: reduced`"
@@ -90,12 +95,16 @@ def vault_command(inner: Sequence[str], owner: Owner) -> list[str]:
 def courier_command(inner: Sequence[str], uid: int | None, gid: int | None) -> list[str]:
     """Return the command that runs `inner` as the courier's user; with None, as the caller.
 
+    As a user of its own it sees no other user's process: how much memory and time the vault takes,
+    which any user may read otherwise, would tell how many records there are.
+
     Raises:
         InputError: another user is asked for and the caller isn't root.
     """
     if os.geteuid() == 0:
         user = [f"--reuid={uid}", f"--regid={uid if gid is None else gid}"] if uid else []
-        return [*_dropped([*user, "--clear-groups"], root=True), *inner]
+        hidden = _HIDDEN if uid else ()
+        return [*hidden, *_dropped([*user, "--clear-groups"], root=True), *inner]
     if uid not in (None, os.geteuid()):
         raise InputError(f"courier_user: only root can start it as user {uid}")
     return [*_dropped([], root=False), *inner]

@@ -28,6 +28,8 @@ _OFF = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_TELEMETRY_ENABLED": "0",
+    # HOME is the courier's to write to: nothing is imported from there.
+    "PYTHONNOUSERSITE": "1",
 }
 
 

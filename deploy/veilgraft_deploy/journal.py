@@ -2,8 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,49 +16,66 @@ from veilgraft.events import EventLog, Note
 from veilgraft.logs import plain
 from veilgraft_deploy.books import anchored, held
 
-PLACES = ("state/events.db", "run/events.db")
-"""Where a site's folder and a coordinator's keep theirs."""
+PLACES = ("state/events.db", "events.db", "run/events.db", "flower/edge-events.db")
+"""Where a site's folder keeps its log; and a coordinator's its own, the run's and the edge's."""
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[EventLog]:
-    """Open an existing log; a site's or coordinator's folder stands for the log in it."""
-    if path.is_dir():
-        found = [path / place for place in PLACES if (path / place).exists()]
-        if len(found) != 1:
-            raise InputError(f"{path}: expected one of {' and '.join(PLACES)}, found {len(found)}")
-        path = found[0]
-    with held(functools.partial(EventLog, exists=True), path, "an event log") as log:
-        yield log
+def logs(path: Path) -> dict[str, Path]:
+    """Return a log, or all that a site's or coordinator's folder holds, by name."""
+    if not path.is_dir():
+        return {path.name: path}
+    found = {place: path / place for place in PLACES if (path / place).exists()}
+    if not found:
+        raise InputError(f"{path}: expected an event log, or a folder with {' or '.join(PLACES)}")
+    return found
+
+
+def _opened(path: Path) -> AbstractContextManager[EventLog]:
+    return held(functools.partial(EventLog, exists=True), path, "an event log")
 
 
 def verify(path: Path, anchor: str | None = None) -> dict[str, object]:
-    """Check a log's chain, and that nothing was rolled back; return what is to be printed.
+    """Check each log's chain, and that nothing was rolled back; return what is to be printed.
 
     Args:
-        anchor: what `log verify` gave earlier as the head, or a file that holds it.
+        anchor: what `log verify` gave earlier as the head, or a file that holds it; for one log.
 
     Raises:
         ChainError: an entry does not fit the chain, or the anchor is not in it.
     """
-    with opened(path) as log:
-        known = None if anchor is None else anchored(anchor)
-        return {"entries": log.verify(known), "head": log.head()}
+    found = logs(path)
+    if anchor is not None and len(found) > 1:
+        raise InputError(f"--anchor: is of one log; name one of {', '.join(found)} in {path}")
+    known = None if anchor is None else anchored(anchor)
+    facts: dict[str, dict[str, object]] = {}
+    for name, each in found.items():
+        with _opened(each) as log:
+            facts[name] = {"entries": log.verify(known), "head": log.head()}
+    return dict(facts) if len(facts) > 1 else next(iter(facts.values()))
 
 
 def show(path: Path, *, as_json: bool) -> None:
     """Print what was noted, oldest first; whether it is genuine, `verify` says."""
-    with opened(path) as log:
-        notes, head = list(log.entries()), log.head()
+    found, heads = logs(path), {}
+    notes: list[tuple[str, Note]] = []
+    for name, each in found.items():
+        with _opened(each) as log:
+            notes += [(name, note) for note in log.entries()]
+            heads[name] = log.head()
+    # Of one log as they stand; clocks may jump.
+    if len(found) > 1:
+        notes.sort(key=lambda named: named[1].time)
     if as_json:
-        typer.echo(json.dumps({"entries": [asdict(note) for note in notes], "head": head}))
+        entries = [{**asdict(note), "log": name} for name, note in notes]
+        typer.echo(json.dumps({"entries": entries, "heads": heads}))
         return
     table = Table("time", "what", "facts")
-    for note in notes:
+    for _, note in notes:
         table.add_row(*(Text(text, overflow="fold") for text in _row(note)))
     console = Console()
     console.print(table)
-    console.print(f"chain's head: {head}", highlight=False, soft_wrap=True)
+    for name, head in heads.items():
+        console.print(f"head of {name}: {head}", highlight=False, soft_wrap=True)
 
 
 def _row(note: Note) -> tuple[str, str, str]:

@@ -42,6 +42,7 @@ def client_app() -> None:
     # Id and version come beside the bundle, and could lead to another folder.
     _replace(runtime, "get_project_dir", _installed)
     _replace(utils, "get_project_dir", _installed)
+    _replace(runtime, "Error", _wordless)
     flwr_clientapp()
 
 
@@ -57,9 +58,15 @@ def server_app() -> None:
 
 
 def supernode() -> None:
-    """Run a SuperNode that does not tell how long the courier took."""
+    """Run a SuperNode that does not tell how long the courier took, and opens no bundle.
+
+    It would unpack a bundle's `pyproject.toml` for a configuration, which ours has not: a few
+    megabytes that become gigabytes.
+    """
     from flwr.supernode.cli import flower_supernode
 
+    client = importlib.import_module("flwr.supernode.start_client_internal")
+    _replace(client, "get_fused_config_from_fab", lambda *_: {})
     states = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate")
     _replace(states.InMemoryNodeState, "get_message_processing_duration", lambda *_: 0.0)
     flower_supernode()
@@ -75,6 +82,13 @@ def only_installed(fab: bytes, *_: object, **__: object) -> Path:
 def _installed(*_: object) -> Path:
     (app,) = (_home() / "apps").iterdir()
     return app
+
+
+def _wordless(code: int, reason: str | None = None) -> Any:
+    """Make the error that a coordinator gets; an exception's text, and a path in it, stay here."""
+    from flwr.app.error import Error
+
+    return Error(code, "refused" if reason else None)
 
 
 def _home() -> Path:

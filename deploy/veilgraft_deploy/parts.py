@@ -71,6 +71,9 @@ def edge(folder: Path) -> None:
             key=place.tls / "server.key",
             host=settings.listen,
             port=settings.port,
+            events=place.flower / "edge-events.db",
+            status=place.status,
+            metrics_port=settings.metrics_port,
         )
     )
 

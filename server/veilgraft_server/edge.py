@@ -27,12 +27,15 @@ import httpx
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from veilgraft.chain import ChainError
 from veilgraft.errors import InputError, MessageError, RefusedError
+from veilgraft.events import EventLog, Kind
 from veilgraft.identity import SignatureError
 from veilgraft_server import enrolment, fleet
 from veilgraft_server.listener import Limits, Listener
+from veilgraft_server.metrics import Metrics
 from veilgraft_server.ownership import Ownership
 from veilgraft_server.registry import Registry
 from veilgraft_server.superlink import (
@@ -48,6 +51,10 @@ HEALTH = "/veilgraft/health"
 CONTROL_BYTES = 1 << 16
 REPLY_BYTES = 1 << 18
 OBJECT_BYTES = 12 << 20
+
+METRICS_PORT = 9092
+NOTE_SECONDS = 10.0
+"""A site's refused calls are noted so often at most: a log on the disk is no place for a flood."""
 
 _ROUTES = {
     ("GET", HEALTH.encode()): HEALTH,
@@ -77,6 +84,9 @@ class Settings:
             `superlink_seconds`: how long its answer may take.
         registry: the file of `Registry`; `ownership`: the edge's own notes, its alone.
         certificate, key: PEM files for TLS.
+        events: the edge's own event log; None keeps none.
+        status: what the run says of itself, for the figures on `metrics_port`, on loopback; None
+            serves none.
     """
 
     superlink: str
@@ -88,6 +98,9 @@ class Settings:
     host: str = "0.0.0.0"  # noqa: S104 (to be reached from outside is what it is for)
     port: int = 9443
     superlink_seconds: float = TIMEOUT_SECONDS
+    events: Path | None = None
+    status: Path | None = None
+    metrics_port: int = METRICS_PORT
     limits: Limits = field(default_factory=Limits)
 
 
@@ -123,12 +136,30 @@ class Edge:
         self._ownership = Ownership(settings.ownership)
         self._enrolment = enrolment.Enrolment(self._registry, self._superlink)
         self._busy: Counter[str] = Counter()
+        self._events = EventLog(settings.events) if settings.events else None
+        self._noted: dict[str, float] = {}
+
+    def enrolled(self) -> int:
+        """Return how many sites may take part."""
+        return sum(1 for each in self._registry.members() if each.node_id and not each.revoked)
 
     async def close(self) -> None:
         """End the connections to SuperLink, and close the files."""
         await self._superlink.close()
         self._registry.close()
         self._ownership.close()
+        if self._events is not None:
+            self._events.close()
+
+    async def _note(self, kind: Kind, site: str, **facts: object) -> None:
+        if self._events is not None:
+            await run_in_threadpool(self._events.note, kind, site=site, **facts)
+
+    async def _note_refused(self, site: str, call: str) -> None:
+        now = time.monotonic()
+        if now - self._noted.get(site, -NOTE_SECONDS) >= NOTE_SECONDS:
+            self._noted[site] = now
+            await self._note("refused-request", site, call=call)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -146,7 +177,7 @@ class Edge:
             return await (self._enrol(request) if called == ENROL else self._pass(called, request))
         except _RefusedStatusError as error:
             return refusal(error.status)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ChainError) as error:
             _LOG.error("the edge's files: %s", error)
             return refusal(503)
 
@@ -160,6 +191,8 @@ class Edge:
         except UnavailableError as error:
             _LOG.error("enrolment: %s", error)
             return refusal(503)
+        assert member.identity is not None
+        await self._note("enrolled", member.site, key=member.identity.text)
         return JSONResponse({"site": member.site, "node_id": member.node_id})
 
     async def _pass(self, call: str, request: Request) -> Response:
@@ -185,6 +218,7 @@ class Edge:
                     )
             except (MessageError, RefusedError) as error:
                 _LOG.warning("refused: %s: %s", caller.site, error)
+                await self._note_refused(caller.site, call)
                 return refusal(403)
         return Response(answer, media_type=MEDIA_TYPE)
 
@@ -259,8 +293,9 @@ def serve(settings: Settings, listening: socket.socket | None = None) -> None:
 
 async def _serve(settings: Settings, listening: socket.socket) -> None:
     with contextlib.closing(listening):
+        app = edge_app(settings)
         listener = Listener(
-            app := edge_app(settings),
+            _watched(app, settings),
             listening,
             settings.certificate,
             settings.key,
@@ -270,6 +305,19 @@ async def _serve(settings: Settings, listening: socket.socket) -> None:
             await listener.serve()
         finally:
             await app.close()
+
+
+def _watched(app: Edge, settings: Settings) -> ASGIApp:
+    """Count what the app answers, and serve the figures on loopback."""
+    if settings.status is None:
+        return app
+    metrics = Metrics(settings.status, app.enrolled)
+    try:
+        metrics.serve(settings.metrics_port)
+    except InputError as error:
+        # Another coordinator of this machine may have it; sites must not suffer for that.
+        _LOG.warning("no metrics: %s", error)
+    return metrics.watch(app)
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -43,6 +43,7 @@ class Settings(Config):
         dim: features per instance, measured on the backbone.
         users: `apart`, or `one` where root is to run all parts itself.
         edge_user, executor_user: numeric ids that root hands over to.
+        metrics_port: on loopback, for Prometheus.
     """
 
     format: Literal[1] = 1
@@ -55,6 +56,7 @@ class Settings(Config):
     users: Literal["apart", "one"] = "apart"
     edge_user: UserId = 64301
     executor_user: UserId = 64302
+    metrics_port: Port = 9092
 
 
 class User(NamedTuple):

@@ -29,6 +29,12 @@ def test_a_folder_stands_for_the_log_in_it(site: Path, tmp_path: Path) -> None:
     with closing(EventLog(tmp_path / "coordinator" / "run" / "events.db")) as log:
         log.note("initialised")
     assert journal.verify(tmp_path / "coordinator")["entries"] == 2
+    with closing(EventLog(tmp_path / "coordinator" / "events.db")) as log:
+        log.note("invited", site="a")
+    both = journal.verify(tmp_path / "coordinator")
+    assert set(both) == {"events.db", "run/events.db"}
+    with pytest.raises(InputError, match="is of one log"):
+        journal.verify(tmp_path / "coordinator", "1:" + "0" * 64)
 
 
 def test_an_anchor_shows_a_log_that_was_rolled_back(site: Path, tmp_path: Path) -> None:
@@ -48,7 +54,7 @@ def test_show_gives_every_entry_as_json(site: Path, capsys: pytest.CaptureFixtur
     shown = json.loads(capsys.readouterr().out)
     assert [entry["kind"] for entry in shown["entries"]] == ["open", "joined", "refused"]
     assert shown["entries"][1]["facts"] == {"site": "a"}
-    assert shown["head"] == journal.verify(site)["head"]
+    assert shown["heads"]["state/events.db"] == journal.verify(site)["head"]
 
 
 def test_show_prints_a_table_that_no_fact_can_paint(
@@ -58,13 +64,13 @@ def test_show_prints_a_table_that_no_fact_can_paint(
     out = capsys.readouterr().out
     assert "joined" in out and "unavailable" in out and "[red]" in out
     assert not any(character in out for character in "\x1b\u202e")
-    assert "chain's head: 3:" in out
+    assert "head of state/events.db: 3:" in out
 
 
 def test_what_is_no_log_is_said_in_one_sentence(site: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.db: expected an event log, found none"):
         journal.verify(tmp_path / "none.db")
-    with pytest.raises(InputError, match=r"expected one of state/events\.db and run/events\.db"):
+    with pytest.raises(InputError, match=r"expected an event log, or a folder with"):
         journal.verify(tmp_path)
     Ledger(tmp_path / "ledger.db").close()
     with pytest.raises(InputError, match="expected a log of format 1"):
