@@ -56,26 +56,32 @@ class Desk:
             InputError: no such verb, or an argument that can't be used.
             RefusedError: the site's own file says no.
         """
+        # What only looks never waits for what changes: pricing a study may take minutes, and a
+        # vault that does not answer looks like one that does not run.
+        match verb:
+            case "ping":
+                return {"site": self._vault.site.site}
+            case "status":
+                return self._status()
+            case "metrics":
+                return {"text": self._metrics.render()}
+            case "verify":
+                return {"ledger": self._ledger.verify(), "log": self._events.verify()}
         with self._lock:
-            match verb:
-                case "ping":
-                    return {"site": self._vault.site.site}
-                case "status":
-                    return self._status()
-                case "approve":
-                    return self._approve(argument)
-                case "withdraw":
-                    return self._withdraw(argument)
-                case "purge":
-                    return self._purge()
-                case "propose":
-                    return {"study": self._studies.propose(argument.encode()).digest}
-                case "metrics":
-                    return {"text": self._metrics.render()}
-                case "verify":
-                    return {"ledger": self._ledger.verify(), "log": self._events.verify()}
-                case _:
-                    raise InputError(f"{verb}: no such order")
+            return self._change(verb, argument)
+
+    def _change(self, verb: str, argument: str) -> dict[str, Any]:
+        match verb:
+            case "approve":
+                return self._approve(argument)
+            case "withdraw":
+                return self._withdraw(argument)
+            case "purge":
+                return self._purge()
+            case "propose":
+                return {"study": self._studies.propose(argument.encode()).digest}
+            case _:
+                raise InputError(f"{verb}: no such order")
 
     def _status(self) -> dict[str, Any]:
         site = self._vault.site
@@ -83,21 +89,25 @@ class Desk:
             "site": site.site,
             **self._facts(),
             "approved": [self._shown(study) for study in self._vault.approved.values()],
-            "proposed": [self._shown(study) for study in self._studies.proposed().values()],
+            "proposed": [self._waiting(study) for study in self._studies.proposed().values()],
             "max_epsilon": site.limits.max_epsilon,
             "epsilon_for_life": self._life(),
             "anchor": self._ledger.head(),
         }
 
     def _shown(self, study: Study) -> dict[str, Any]:
-        site = self._vault.site.site
+        return {**self._waiting(study), "epsilon": plan(study).epsilon()}
+
+    def _waiting(self, study: Study) -> dict[str, Any]:
+        """Return what a study says of itself: to price what a stranger proposed may take hours."""
         return {
             "study": study.digest,
             "name": study.name,
             "purpose": study.purpose,
             "rounds": study.training.rounds,
-            "paid": self._ledger.paid(site, study.digest),
-            "epsilon": plan(study).epsilon(),
+            "paid": self._ledger.paid(self._vault.site.site, study.digest),
+            "asked_epsilon": study.privacy.epsilon,
+            "asked_noise_multiplier": study.privacy.noise_multiplier,
             "backbone": self._bundles.has(study.backbone.digest),
         }
 

@@ -1,16 +1,17 @@
 """The gate before a vault: whose word counts, for how long, how often, and when answers leave.
 
-Order: rate, signature (over the bytes as they came, before they are parsed), form, key, expiry,
-payload, nonce; only then does the vault, or the store of backbones, see a request. Every answer,
-also a no, is signed by the site. In a simulation nothing is signed, and the vault is called
-directly.
+Order: signature (over the bytes as they came, before they are parsed), form, rate, key, expiry,
+payload, nonce; only then does the vault, or the store of backbones, see a request. What nobody has
+signed costs a look at its header, and a line in a log that rotates. Every answer, also a no, is
+signed by the site. In a simulation nothing is signed, and the vault is called directly.
 
 A nonce is kept until it expires: it stands for one request, and the same request again is let
-through, for the ledger gives the same bytes again. An answer to anything but a backbone's part
-leaves at a multiple of `reply_seconds` after the request came: what it took to compute shows only
-to that grain.
+through, for the ledger gives the same bytes again. An answer leaves at a multiple of
+`reply_seconds` after the request came: what it took to compute shows only to that grain. Parts of
+a backbone that is not yet whole are answered at once, for there are no features of it to compute.
 """
 
+import json
 import logging
 import sqlite3
 import threading
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from veilgraft import messages
-from veilgraft.errors import InputError, MessageError, Refusal, RefusedError
+from veilgraft.errors import InputError, MessageError, Refusal, RefusedError, VeilgraftError
 from veilgraft.events import EventLog
 from veilgraft.identity import PublicKey, SigningKey
 from veilgraft.messages import (
@@ -43,30 +44,62 @@ log = logging.getLogger(__name__)
 LONGEST_SECONDS = 24 * 3600
 """A request may be good for so long at most; so many nonces have to be kept."""
 
+PARTS_PER_MINUTE = 600
+"""Of backbones, beside `requests_per_minute`: the largest that is allowed takes 512."""
+
+_NONCES = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = FULL;
+CREATE TABLE IF NOT EXISTS nonces
+    (nonce TEXT PRIMARY KEY, request TEXT NOT NULL, expires INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS ends ON nonces (expires);
+"""
+
 
 class Nonces:
-    """Which request each nonce stood for, until it expires; one SQLite file."""
+    """Which request each nonce stood for, until it expires; one SQLite file, mode 0600.
+
+    A nonce is on the disk before its request is answered. Lost ones cost no privacy, as a release
+    is the ledger's to give; so a file that is damaged may be removed.
+
+    Raises:
+        VeilgraftError: the file can't be opened; from `use`, it can't be read or written.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        path.chmod(0o600)
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS nonces "
-            "(nonce TEXT PRIMARY KEY, request TEXT NOT NULL, expires INTEGER NOT NULL)"
-        )
+        try:
+            path.touch(mode=0o600)
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.executescript(_NONCES)
+        except (OSError, sqlite3.Error) as error:
+            raise VeilgraftError(
+                f"{path}: can't be used: {error}; it may be removed, and is then made anew"
+            ) from error
 
     def use(self, nonce: str, request: str, expires: int, now: float) -> None:
         """Remember a nonce; raises `MessageError` where it stood for another request."""
         with self._lock:
-            self._db.execute("DELETE FROM nonces WHERE expires < ?", (int(now),))
+            try:
+                held = self._held(nonce, request, expires, int(now))
+            except sqlite3.Error as error:
+                raise VeilgraftError(f"{self._path}: can't be used: {error}") from error
+        if held != request:
+            raise MessageError("nonce: stood for another request before")
+
+    def _held(self, nonce: str, request: str, expires: int, now: int) -> str:
+        """Return the request that a nonce stands for; a new one is written, synced once."""
+        query = "SELECT request FROM nonces WHERE nonce = ?"
+        # The connection commits where the block ends well, and else rolls back.
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("DELETE FROM nonces WHERE expires < ?", (now,))
             self._db.execute(
                 "INSERT OR IGNORE INTO nonces VALUES (?, ?, ?)", (nonce, request, expires)
             )
-            query = "SELECT request FROM nonces WHERE nonce = ?"
-            (held,) = self._db.execute(query, (nonce,)).fetchone()
-        if held != request:
-            raise MessageError("nonce: stood for another request before")
+            held: str = self._db.execute(query, (nonce,)).fetchone()[0]
+        return held
 
     def close(self) -> None:
         """End the connection."""
@@ -103,19 +136,17 @@ class Gate:
         self._events = events
         self._ready = ready
         self._rate = Rate(vault.site.limits.requests_per_minute)
+        self._parts = Rate(PARTS_PER_MINUTE)
         self._site = vault.site.site
 
     def handle(self, envelope: Envelope) -> Envelope:
         """Answer one request with a signed answer; never raises."""
         came = time.monotonic()
         answer = self._answer(envelope)
-        if not self._is_part(answer):
+        if not _goes_on(answer):
             _hold(came, self._vault.site.reply_seconds)
         signature = self._identity.sign("answer", answer.header)
         return Envelope(answer.header, answer.payload, signature)
-
-    def _is_part(self, answer: Envelope) -> bool:
-        return isinstance(messages.decode_answer(answer.header), Wanted)
 
     def _answer(self, envelope: Envelope) -> Envelope:
         question = None
@@ -135,12 +166,12 @@ class Gate:
 
     def _admitted(self, envelope: Envelope) -> Question:
         """Return the question where it is the coordinator's own, to this site, now."""
-        if not self._rate.admits():
-            raise RefusedError(Refusal.UNAVAILABLE, "above limits.requests_per_minute")
         messages.check_header(envelope.header)
         pinned = self._coordinator()
         pinned.verify("request", envelope.header, envelope.signature)
         question = messages.decode_question(envelope.header)
+        if not (self._parts if isinstance(question, Part) else self._rate).admits():
+            raise RefusedError(Refusal.UNAVAILABLE, f"too many a minute: {question.kind}")
         if question.key != pinned.id or question.nonce is None:
             raise MessageError("expected the id of the pinned key, and a nonce")
         now, expires = time.time(), question.expires or 0
@@ -222,9 +253,13 @@ class Gate:
         log.warning("%s: refused: %s: %s", self._site, code, detail)
         request = messages.digest(envelope.header)
         refused = Envelope(Refused(site=self._site, request=request, code=code).encode())
-        if question is not None and code is not Refusal.UNAVAILABLE:
+        if question is None or code is Refusal.UNAVAILABLE:
             # What nobody has signed is kept in the log that rotates, or anyone could fill the disk.
+            return refused
+        try:
             self._noted(question, refused)
+        except VeilgraftError as error:
+            return self._refused(envelope, None, Refusal.UNAVAILABLE, str(error))
         return refused
 
 
@@ -246,6 +281,13 @@ class Rate:
                 return False
             self._left -= 1
             return True
+
+
+def _goes_on(answer: Envelope) -> bool:
+    """Whether more parts of a backbone are wanted, so that nothing of a record can show."""
+    if not isinstance(messages.decode_answer(answer.header), Wanted):
+        return False
+    return bool(json.loads(answer.payload)["missing"])
 
 
 def _hold(came: float, step: float) -> None:

@@ -26,7 +26,8 @@ class Limits(Config):
         min_noise_multiplier: of any release of a study; a floor under what ε allows.
         max_clip_norm: of a study; it does not bear on privacy, and keeps numbers in bounds.
         max_backbone_bytes: that a backbone's files may take.
-        requests_per_minute: that the vault answers at most, valid or not.
+        requests_per_minute: of the coordinator's that are answered at most, valid or not; parts
+            of a backbone have a rate of their own.
         studies, backbones: digests that may be used; None allows any that a person approves.
     """
 

@@ -5,8 +5,10 @@ told by the folder that the file lies in; what was granted, by the ledger.
 """
 
 import json
+import threading
 from pathlib import Path
 
+from veilgraft.config import canonical
 from veilgraft.durable import sync_folder, write_atomically
 from veilgraft.errors import InputError, Refusal, RefusedError
 from veilgraft.study import Study
@@ -26,6 +28,7 @@ class Studies:
     def __init__(self, folder: Path) -> None:
         self._approved = folder / "studies"
         self._proposed = folder / "proposals"
+        self._lock = threading.Lock()
         for each in (folder, self._approved, self._proposed):
             each.mkdir(mode=0o700, exist_ok=True)
 
@@ -37,12 +40,20 @@ class Studies:
             RefusedError: too many wait already.
         """
         study = _parsed(payload, "study")
-        if study.digest not in self.approved() | self.proposed():
-            if len(self.proposed()) >= MAX_PROPOSALS:
+        # Kept as it was understood: what a person reads is no other text of the same digest.
+        text = canonical(study.canonical).encode()
+        _parsed(text, "study")
+        with self._lock:
+            waiting = self.proposed()
+            if study.digest in waiting or study.digest in self.approved():
+                return study
+            if len(waiting) >= MAX_PROPOSALS:
                 raise RefusedError(
-                    Refusal.UNAVAILABLE, f"{MAX_PROPOSALS} proposed studies wait already"
+                    Refusal.UNAVAILABLE,
+                    f"{MAX_PROPOSALS} proposed studies wait already; approve what is wanted, and "
+                    f"remove the rest from {self._proposed}",
                 )
-            write_atomically(_path(self._proposed, study.digest), payload)
+            write_atomically(_path(self._proposed, study.digest), text)
         return study
 
     def approve(self, digest: str) -> Study:

@@ -30,6 +30,7 @@ Kind: TypeAlias = Literal[
     "invited",
     "enrolled",
     "revoked",
+    "replaced",
     "round",
     "finished",
     "refused-request",

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from veilgraft.config import Config
 from veilgraft.errors import MessageError, Refusal
+from veilgraft.logs import plain
 from veilgraft.study import Digest, Kind, Name
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 MAX_HEADER = 4096
 """Bytes; a longer header is refused before it is parsed."""
+
+MAX_TOLD = 200
+"""Characters of what is said of a header that can't be used."""
 
 Nonce = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
@@ -177,7 +181,8 @@ def decode_question(data: bytes) -> Question:
 def _told(error: ValidationError) -> MessageError:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "header"
-    return MessageError(f"{where}: {first['msg']}")
+    # Both may quote what came, from whoever it came.
+    return MessageError(plain(f"{where}: {first['msg']}"[:MAX_TOLD]))
 
 
 class Answer(Header):

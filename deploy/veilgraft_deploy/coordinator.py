@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,50 @@ def invite(folder: Path, site: str) -> dict[str, Any]:
     return {"site": site, "invitation": str(place.invitation(site)), "expires": made.expires}
 
 
+def change(folder: Path, study_path: Path) -> dict[str, Any]:
+    """Put another study in the place of the one that was run; the same sites and keys go on.
+
+    What the last run left is kept under `runs`. At its next start the coordinator sends the study
+    to the sites, each of which serves it once a person there has approved it.
+
+    Raises:
+        InputError: the coordinator runs, or the study can't be used; nothing was changed.
+    """
+    place = Folder.open(folder)
+    if supervisor.running(place.pid_file) is not None:
+        raise InputError(f"{folder}: is running; stop it before its study changes")
+    study = Study.read(study_path)
+    with _members(place) as registry:
+        sites = [member.site for member in registry.members() if not member.revoked]
+    _check_parties(study, sites)
+    dim = _dim(study, study_path)
+    _check_evaluation(study)
+    with readable(), tempfile.TemporaryDirectory(dir=place.path, prefix=".study.") as staged:
+        fresh = Folder(Path(staged))
+        _copy_study(fresh, study)
+        kept = _archive(place)
+        # A crash from here on is told at the next start, and mended by giving the study again.
+        place.evaluation.unlink(missing_ok=True)
+        shutil.rmtree(place.path / "backbone", ignore_errors=True)
+        (fresh.path / "backbone").rename(place.path / "backbone")
+        (fresh.path / "study.yaml").rename(place.path / "study.yaml")
+        settings = place.settings.model_copy(update={"name": study.name, "dim": dim})
+        text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+        write_atomically(place.config, (_HEADER + text).encode())
+    _reinvite(place, {"study": study.canonical})
+    _note(place, "replaced", study=study.digest)
+    return {"study": study.digest, "sites": sites, "last run": str(kept)}
+
+
+def _archive(place: Folder) -> Path:
+    """Move what the last run left out of the way."""
+    (place.path / "runs").mkdir(mode=0o755, exist_ok=True)
+    kept = place.path / "runs" / str(1 + sum(1 for _ in (place.path / "runs").iterdir()))
+    place.run.rename(kept)
+    place.run.mkdir(mode=0o755)
+    return kept
+
+
 def revoke(folder: Path, site: str) -> dict[str, Any]:
     """Shut a site out, from its next message on."""
     place = Folder.open(folder)
@@ -139,7 +183,7 @@ def rotate(folder: Path, passphrase: bytes | None = None) -> dict[str, Any]:
     fresh.replace(path)
     sync_folder(place.path)
     _writepublic_key(place, new.public)
-    _readdress(place, new.public)
+    _reinvite(place, {"coordinator": _address(place, new.public)})
     _note(place, "rotated", old=old.public.text, new=new.public.text)
     return {
         "fingerprint": new.public.fingerprint,
@@ -272,12 +316,7 @@ def _invite(
 ) -> Invitation:
     values = {
         "site": site,
-        "coordinator": {
-            "host": place.settings.host,
-            "port": place.settings.port,
-            "ca": place.ca.read_text(),
-            "key": key.text,
-        },
+        "coordinator": _address(place, key).model_dump(),
         "token": base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("="),
         "expires": int(time.time()) + INVITATION_SECONDS,
         "study": study.canonical,
@@ -288,16 +327,21 @@ def _invite(
     return made
 
 
-def _readdress(place: Folder, key: PublicKey) -> None:
-    """Name the new key in invitations that were not used yet."""
+def _address(place: Folder, key: PublicKey) -> Coordinator:
+    settings = place.settings
+    return Coordinator(
+        host=settings.host, port=settings.port, ca=place.ca.read_text(), key=key.text
+    )
+
+
+def _reinvite(place: Folder, changes: Mapping[str, Any]) -> None:
+    """Change what invitations say that were not used yet."""
     with _members(place) as registry:
         waiting = [m.site for m in registry.members() if m.identity is None and not m.revoked]
     for site in waiting:
         path = place.invitation(site)
         if path.exists():
-            invitation = Invitation.read(path)
-            changed: Coordinator = invitation.coordinator.model_copy(update={"key": key.text})
-            invitation.model_copy(update={"coordinator": changed}).write(path)
+            Invitation.read(path).model_copy(update=dict(changes)).write(path)
 
 
 @contextmanager

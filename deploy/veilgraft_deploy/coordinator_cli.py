@@ -51,6 +51,18 @@ def status(folder: Folder, as_json: AsJson = False) -> None:
     show(coordinator.status(folder), as_json)
 
 
+@app.command("study")
+def change(
+    folder: Folder,
+    study: Annotated[Path, typer.Argument(help="The next study's file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Put another study in the place of the one that was run; sites approve it anew."""
+    from veilgraft_deploy import coordinator
+
+    show(coordinator.change(folder, study), as_json)
+
+
 @app.command()
 def invite(folder: Folder, site: str, as_json: AsJson = False) -> None:
     """Write a new invitation for a site; what it enrolled with before is forgotten."""

@@ -10,10 +10,16 @@ unpacked. Agents, connectors, models and simulations, which Flower would start t
 import importlib
 import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import veilgraft  # noqa: F401 - its switches must be set before Flower is imported
+
+UPLOAD_SECONDS = 15.0
+"""For the rest of a reply that a node has begun to send."""
 
 
 def main() -> None:
@@ -54,6 +60,11 @@ def server_app() -> None:
     runtime = importlib.import_module("flwr.superlink.runtime.run_serverapp")
     _replace(runtime, "install_from_fab", only_installed)
     _replace(runtime, "get_project_dir", _installed)
+    grid = importlib.import_module("flwr.superlink.grid.http_grid")
+    # A node that dies, or stops, in the middle of its reply would hold up all others: Flower would
+    # wait for the rest for two hours. The site is asked again.
+    pull = partial(grid.pull_objects, max_time=UPLOAD_SECONDS, initial_backoff=0.1, backoff_cap=1)
+    _replace(grid, "pull_objects", pull)
     flwr_serverapp()
 
 
@@ -68,8 +79,31 @@ def supernode() -> None:
     client = importlib.import_module("flwr.supernode.start_client_internal")
     _replace(client, "get_fused_config_from_fab", lambda *_: {})
     states = importlib.import_module("flwr.supernode.nodestate.in_memory_nodestate")
-    _replace(states.InMemoryNodeState, "get_message_processing_duration", lambda *_: 0.0)
+    _replace(states.InMemoryNodeState, "get_message_processing_duration", lambda *_, **__: 0.0)
+    fleet = importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient
+    activate = fleet.ActivateNode
+    _replace(fleet, "ActivateNode", lambda own, request: _take_over(activate, own, request))
     flower_supernode()
+
+
+def _take_over(activate: Callable[[Any, Any], Any], client: Any, request: Any) -> Any:
+    """Activate this node; first say that the one before it has ended, where it ended here.
+
+    SuperLink would refuse the successor of one that was killed for as long as its lease runs, a
+    minute. Only for what ran on this machine, since it booted, is that known: of a copied folder,
+    the second SuperNode must not take the place of the first.
+    """
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+    from httpx import HTTPError
+
+    note, boot = Path.home() / "node", Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with suppress(OSError, ValueError, HTTPError):
+        node, since = note.read_text().split()
+        if since == boot:
+            client.DeactivateNode(DeactivateNodeRequest(node_id=int(node)))
+    answer = activate(client, request)
+    note.write_text(f"{answer.node_id} {boot}")
+    return answer
 
 
 def only_installed(fab: bytes, *_: object, **__: object) -> Path:

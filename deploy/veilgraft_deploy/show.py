@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from veilgraft import logs
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 
 
@@ -43,4 +45,5 @@ def plain(value: object) -> str:
         case list() | tuple():
             return ", ".join(map(plain, value))
         case _:
-            return str(value)
+            # A study's words are its coordinator's, and must not paint the terminal.
+            return logs.plain(str(value))

@@ -11,7 +11,8 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from datetime import datetime
+from typing import Any, Generic, TypeVar, cast
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -29,6 +30,12 @@ LOOK_SECONDS = 3.0
 
 RESEND_SECONDS = 45.0
 """After which a question is asked again; twice as long each time."""
+
+RESTARTED_SECONDS = 8.0
+"""After a node has started anew, until what it was asked before is asked again.
+
+What its predecessor had taken is lost with it; what still lay there is answered by then.
+"""
 
 PAUSE_SECONDS = 2.0
 """After an answer that could not be had, before the question is asked again."""
@@ -71,6 +78,7 @@ class _Waiting:
     asked: Asked
     attempt: int = 0
     due: float = 0.0
+    asked_at: float = 0.0
     sent: set[str] = field(default_factory=set)
     seen: float = field(default_factory=time.monotonic)
     reason: str = "no answer"
@@ -98,18 +106,24 @@ class Post:
     sender: Callable[[int], tuple[str, PublicKey] | None] = lambda _: None
 
     def ask(
-        self, questions: Mapping[Name, Asked], check: Check[Checked], timeout: float
+        self,
+        questions: Mapping[Name, Asked],
+        check: Check[Checked],
+        timeout: float,
+        enough: tuple[int, float] | None = None,
     ) -> Answers[Name, Checked]:
         """Ask all at once; return when each is answered, its node is away, or time is over.
 
         Args:
             questions: by any name; one node may be asked several.
             timeout: seconds.
+            enough: a number of valid answers, with which so many seconds are enough.
         """
         waiting = {name: _Waiting(asked) for name, asked in questions.items()}
         answers: Answers[Name, Checked] = Answers({}, {})
         ids: dict[str, Name] = {}
-        deadline, looked = time.monotonic() + timeout, time.monotonic()
+        began = looked = time.monotonic()
+        deadline = began + timeout
         while waiting and time.monotonic() < deadline:
             ids |= self._send(waiting, deadline)
             for reply in list(self.grid.pull_messages(list(ids))):
@@ -119,6 +133,8 @@ class Post:
             if time.monotonic() - looked > LOOK_SECONDS:
                 looked = time.monotonic()
                 self._look(waiting, answers)
+            if enough and len(answers.valid) >= enough[0] and time.monotonic() - began > enough[1]:
+                break
             if waiting:
                 time.sleep(POLL_SECONDS)
         answers.failed.update({name: each.reason for name, each in waiting.items()})
@@ -135,6 +151,7 @@ class Post:
             return {}
         outgoing = [self._message(waiting[name], deadline - now) for name in due]
         for name in due:
+            waiting[name].asked_at = time.time()
             waiting[name].due = now + RESEND_SECONDS * 2 ** (waiting[name].attempt - 1)
         ids = self.grid.push_messages(outgoing)
         return {id_: name for id_, name in zip(ids, due, strict=True) if id_}
@@ -212,10 +229,24 @@ class Post:
             raise MessageError("the header names another site")
 
     def _look(self, waiting: dict[Name, _Waiting], answers: Answers[Name, Checked]) -> None:
-        now, there = time.monotonic(), set(self.nodes())
+        now, there = time.monotonic(), self._started()
         for name, each in list(waiting.items()):
             if each.asked.node in there:
                 each.seen = now
+                if each.asked_at < there[each.asked.node] < time.time() - RESTARTED_SECONDS:
+                    each.due = now
             elif now - each.seen > AWAY_SECONDS:
                 answers.failed[name] = f"away: {each.reason}"
                 del waiting[name]
+
+    def _started(self) -> dict[int, float]:
+        """Return the nodes that are there, and when each started; seconds since 1970."""
+        if self.key is None:
+            return dict.fromkeys(self.nodes(), 0.0)
+        # Of the network's grid alone; it tells more of a node than its id.
+        infos = cast(Any, self.grid).get_nodes()
+        return {info.node_id: _seconds(info.last_activated_at) for info in infos}
+
+
+def _seconds(stamp: str) -> float:
+    return datetime.fromisoformat(stamp).timestamp() if stamp else 0.0

@@ -24,8 +24,10 @@ from veilgraft_server.post import POLL_SECONDS, Answers, Asked, Post
 
 log = logging.getLogger(__name__)
 
+FIRST_GREETING_SECONDS = 120.0
 GREETING_SECONDS = 30.0
-"""How long an answer to a greeting is waited for, and how long until a site is greeted again."""
+"""How long an answer to a greeting is waited for: before the first round, and between rounds, when
+all others wait. So long passes, too, until a site is greeted again."""
 
 PART_SECONDS = 600.0
 WINDOW = 4
@@ -61,7 +63,7 @@ class Sites:
         """
         quorum, deadline = self.study.aggregation.quorum, time.monotonic() + seconds
         while True:
-            self.refresh(windows=None)
+            self.refresh(windows=None, seconds=FIRST_GREETING_SECONDS)
             if len(self.ready) >= quorum:
                 return
             if time.monotonic() > deadline:
@@ -71,11 +73,12 @@ class Sites:
                 )
             time.sleep(POLL_SECONDS)
 
-    def refresh(self, windows: int | None = WINDOWS) -> None:
+    def refresh(self, windows: int | None = WINDOWS, seconds: float = GREETING_SECONDS) -> None:
         """Greet nodes that don't take part yet, and send them what they lack.
 
         Args:
             windows: of parts at most; None sends all.
+            seconds: that answers to a greeting are waited for.
         """
         now = time.monotonic()
         new = [
@@ -87,7 +90,7 @@ class Sites:
         if not new:
             return
         self._greeted |= dict.fromkeys(new, now)
-        found = self._greet(new).valid
+        found = self._greet(new, seconds).valid
         named = {node: here.site for node, here in found.items()}
         named |= self.ready
         allowed = {n: here for n, here in found.items() if self._may_join(here.site, named)}
@@ -103,12 +106,14 @@ class Sites:
         for node in lacking.keys() - whole:
             self._greeted.pop(node, None)
 
-    def _greet(self, nodes: list[int]) -> Answers[int, Here]:
+    def _greet(self, nodes: list[int], seconds: float) -> Answers[int, Here]:
         payload = canonical(self.study.canonical).encode()
         hello = Hello(study=self.study.digest, run=self.run, payload=messages.digest(payload))
         asked = {node: Asked(node, hello, payload, MessageType.QUERY, "hello") for node in nodes}
-        timeout = min(GREETING_SECONDS, self.study.aggregation.timeout)
-        found = self.post.ask(asked, _here, timeout)
+        timeout = min(seconds, self.study.aggregation.timeout)
+        # A quorum need not wait for long for the rest.
+        enough = (self.study.aggregation.quorum - len(self.ready), GREETING_SECONDS)
+        found = self.post.ask(asked, _here, timeout, enough)
         for node, reason in found.failed.items():
             log.warning("node %d did not name itself: %s", node, reason)
         return found
