@@ -34,6 +34,9 @@ from veilgraft_server.registry import Registry
 
 log = logging.getLogger(__name__)
 
+MAX_DROPS, MAX_REASON = 8, 60
+"""Drops of a round that the event log tells of, and characters of each."""
+
 PATIENCE_SECONDS = 30 * 24 * 3600.0
 """For which a quorum of sites is waited for: people there have to approve first."""
 
@@ -120,7 +123,9 @@ def _teller(place: Folder, events: EventLog) -> Callable[[Round], None]:
             "round",
             round=round_.round,
             sites=round_.sites,
-            drops={drop.site: drop.reason for drop in round_.drops},
+            dropped=round_.dropped,
+            # An entry has its limit, and a reason may quote what a site sent.
+            drops={drop.site: drop.reason[:MAX_REASON] for drop in round_.drops[:MAX_DROPS]},
         )
         _status(place, "running", round_.sites + round_.dropped)
 

@@ -38,7 +38,13 @@ What its predecessor had taken is lost with it; what still lay there is answered
 """
 
 PAUSE_SECONDS = 2.0
-"""After an answer that could not be had, before the question is asked again."""
+"""After an answer that could not be had, before the question is asked again; likewise."""
+
+DOUBLINGS = 4
+"""Of either, at most; what is asked again and again stays with the SuperLink until it expires."""
+
+VALID_SECONDS = 12 * 3600.0
+"""For which a question is good at most, however long is waited: sites refuse more than a day."""
 
 AWAY_SECONDS = 90.0
 """A node that has been away for so long is waited for no longer: it restarts within 60 s."""
@@ -82,6 +88,11 @@ class _Waiting:
     sent: set[str] = field(default_factory=set)
     seen: float = field(default_factory=time.monotonic)
     reason: str = "no answer"
+
+    @property
+    def patience(self) -> int:
+        """By how much longer is waited than at the first attempt."""
+        return 1 << min(max(self.attempt - 1, 0), DOUBLINGS)
 
 
 @dataclass(frozen=True)
@@ -152,7 +163,7 @@ class Post:
         outgoing = [self._message(waiting[name], deadline - now) for name in due]
         for name in due:
             waiting[name].asked_at = time.time()
-            waiting[name].due = now + RESEND_SECONDS * 2 ** (waiting[name].attempt - 1)
+            waiting[name].due = now + RESEND_SECONDS * waiting[name].patience
         ids = self.grid.push_messages(outgoing)
         return {id_: name for id_, name in zip(ids, due, strict=True) if id_}
 
@@ -160,7 +171,7 @@ class Post:
         asked = waiting.asked
         waiting.attempt += 1
         question = asked.question.model_copy(update={"attempt": waiting.attempt})
-        envelope = self._sealed(question, asked.payload, seconds)
+        envelope = self._sealed(question, asked.payload, min(seconds, VALID_SECONDS))
         waiting.sent.add(messages.digest(envelope.header))
         record = messages.to_record(envelope)
         ttl = max(1.0, seconds)
@@ -191,7 +202,7 @@ class Post:
         except _MissingError as error:
             each.reason = str(error)
             if self.key is not None:
-                each.due = min(each.due, time.monotonic() + PAUSE_SECONDS)
+                each.due = min(each.due, time.monotonic() + PAUSE_SECONDS * each.patience)
                 return
             answers.failed[name] = each.reason
         except MessageError as error:

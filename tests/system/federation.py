@@ -225,6 +225,10 @@ class Federation:
         process = self.process(name)
         assert process is not None, f"{name}: does not run\n{self.logs()}"
         hosts.kill_now(process)
+        self.reap(name)
+
+    def reap(self, name: str) -> None:
+        """Forget a coordinator or a site that something else has killed."""
         if name in self._running:
             self._running.pop(name).wait(10)
 
@@ -252,7 +256,11 @@ class Federation:
     # What is to be seen.
 
     def wait_for(
-        self, predicate: Callable[[], object], seconds: float, what: str = "it"
+        self,
+        predicate: Callable[[], object],
+        seconds: float,
+        what: str = "it",
+        pause: float = 0.1,
     ) -> None:
         """Wait until `predicate` holds; fails with all logs when the time is over.
 
@@ -265,7 +273,7 @@ class Federation:
             if late or failed:
                 why = f"not in {seconds:g} s" if late else f"{failed} ended with an error"
                 raise AssertionError(f"waiting for {what}: {why}\n{self.logs()}")
-            time.sleep(0.1)
+            time.sleep(pause)
 
     def rounds(self) -> tuple[Round, ...]:
         """Return the rounds that are done."""

@@ -39,7 +39,7 @@ from veilgraft_server.registry import Registry
 
 PATIENCE = 60.0
 
-THIEF = '''
+THIEF = """
 import base64, json, os, socket, sys
 from pathlib import Path
 
@@ -109,7 +109,7 @@ else:
     from flwr.clientapp import ClientApp
 
     app = ClientApp()
-'''
+"""
 
 
 @dataclass
@@ -146,7 +146,9 @@ def thief(config: Mapping[str, Any]) -> str:
     return THIEF.replace("@CONFIG@", repr(json.dumps(config)))
 
 
-def booty(federation: Federation, site: str, ask: Mapping[str, Envelope], port: int) -> dict[str, Any]:
+def booty(
+    federation: Federation, site: str, ask: Mapping[str, Envelope], port: int
+) -> dict[str, Any]:
     """Return all that is worth a try at a site, for `thief`."""
     place, data = federation.site(site), federation.data(site)
     owned = [data, place.config, place.pinned, place.pid_file, place.state, place.logs]
@@ -159,7 +161,9 @@ def booty(federation: Federation, site: str, ask: Mapping[str, Envelope], port: 
         owned += [Path(f"/proc/{vault.pid}/{name}") for name in names]
     return {
         "read": [str(path) for path in owned],
-        "write": [str(path) for path in (place.flower / "apps", place.flower, place.run, place.path)],
+        "write": [
+            str(path) for path in (place.flower / "apps", place.flower, place.run, place.path)
+        ],
         "connect": [str(place.desk)],
         "socket": str(place.socket),
         "ask": {name: _parts(envelope) for name, envelope in ask.items()},
@@ -209,7 +213,11 @@ def request(federation: Federation, site: str, round_: int, head: bytes) -> Requ
 
 
 def sealed(
-    question: Question, payload: bytes, key: SigningKey, named: SigningKey | None = None, ahead: int = 600
+    question: Question,
+    payload: bytes,
+    key: SigningKey,
+    named: SigningKey | None = None,
+    ahead: int = 600,
 ) -> Envelope:
     """Return a question signed by `key`, in the name of `named`."""
     header = question.model_copy(
@@ -222,7 +230,9 @@ def sealed(
     return Envelope(header, payload, key.sign("request", header))
 
 
-def bundle(files: Mapping[str, str], clientapp: str = "hostile.client:app", **changes: str) -> Bundle:
+def bundle(
+    files: Mapping[str, str], clientapp: str = "hostile.client:app", **changes: str
+) -> Bundle:
     """Return a bundle as `flwr build` makes it."""
     values = {"name": "veilgraft", "version": "1.0.0", "publisher": "veilgraft", **changes}
     project = f"""
@@ -280,7 +290,9 @@ class HostileSuperLink:
         self._state.store_fab(Fab(made.digest, made.content, {}))
         run = self._run(made, fab_id, version, kind)
         message = Message(
-            records or RecordDict({"q": ConfigRecord({"text": "more"})}), self.node(site), message_type
+            records or RecordDict({"q": ConfigRecord({"text": "more"})}),
+            self.node(site),
+            message_type,
         )
         message.metadata.__dict__["_message_id"] = message.object_id
         session = self._state.start_session(run)
@@ -337,6 +349,8 @@ def spent(federation: Federation, site: str) -> str:
 
 def without_word(reply: Message, secret: Sequence[str]) -> bool:
     """Return whether a reply is an error with nothing in it of the site's."""
-    return reply.has_error() and reply.error.reason in (None, "refused", "") and not any(
-        each in repr(reply) for each in secret
+    return (
+        reply.has_error()
+        and reply.error.reason in (None, "refused", "")
+        and not any(each in repr(reply) for each in secret)
     )

@@ -88,7 +88,7 @@ def network(names: Sequence[str], folder: Path, namespaces: bool = True) -> Iter
     if not namespaces:
         yield [Host(name, "127.0.0.1", None, world) for name in names]
         return
-    made = {name: _own(name) for name in names}
+    made = {name: own(name) for name in names}
     try:
         _cable([*made.values()])
         yield [
@@ -96,11 +96,12 @@ def network(names: Sequence[str], folder: Path, namespaces: bool = True) -> Iter
             for number, (name, namespace) in enumerate(made.items(), start=1)
         ]
     finally:
-        for namespace in [*made.values(), _own("switch")]:
+        for namespace in [*made.values(), own("switch")]:
             remove(namespace)
 
 
-def _own(name: str) -> str:
+def own(name: str) -> str:
+    """Return a namespace's full name."""
     return "-".join([PREFIX, *map(str, identity(os.getpid())), name])
 
 
@@ -116,7 +117,7 @@ def tidy() -> None:
 
 def own_folder() -> Path:
     """Make a folder that other users may enter; pytest's own they may not."""
-    path = Path(tempfile.mkdtemp(prefix=_own("")))
+    path = Path(tempfile.mkdtemp(prefix=own("")))
     path.chmod(0o755)
     return path
 
@@ -140,7 +141,7 @@ def _owned(name: str) -> bool:
 def _cable(namespaces: Sequence[str]) -> None:
     from pyroute2 import NetNS, netns
 
-    switch = _own("switch")
+    switch = own("switch")
     # It forks a helper for each, which does not close what it inherited.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

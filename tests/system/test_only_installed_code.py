@@ -64,11 +64,15 @@ def world() -> Iterator[Federation]:
     """A coordinator that runs, and one site that has joined and is not started."""
     with Federation(sites=("a",), rounds=2, namespaces=False, up=False) as federation:
         import time
-        t=time.time()
-        federation.init(); print("init", time.time()-t)
+
+        t = time.time()
+        federation.init()
+        print("init", time.time() - t)
         federation.start("coordinator")
-        federation.wait_until_up("coordinator"); print("up", time.time()-t)
-        federation.join("a"); print("joined", time.time()-t)
+        federation.wait_until_up("coordinator")
+        print("up", time.time() - t)
+        federation.join("a")
+        print("joined", time.time() - t)
         yield federation
 
 
