@@ -30,6 +30,7 @@ Domain = Literal["request", "answer", "enrolment", "rotation"]
 
 PREFIX = "ed25519:"
 GROUPS = 8
+PASSPHRASE_FILE = "VEILGRAFT_PASSPHRASE_FILE"  # noqa: S105 - the name of a file
 
 
 class SignatureError(MessageError):
@@ -139,6 +140,25 @@ class SigningKey:
     def sign(self, domain: Domain, data: bytes) -> bytes:
         """Return the signature, 64 bytes; equal data give equal signatures."""
         return self._private.sign(_signed(domain, data))
+
+
+def passphrase(file: Path | None = None) -> bytes | None:
+    """Return the first line of `file`, or of what PASSPHRASE_FILE in the environment names.
+
+    Raises:
+        InputError: it can't be read, or the line is empty.
+    """
+    named = os.environ.get(PASSPHRASE_FILE)
+    path = file or (Path(named) if named else None)
+    if path is None:
+        return None
+    try:
+        found = path.read_bytes().split(b"\n")[0].rstrip(b"\r")
+    except OSError as error:
+        raise InputError(f"{path}: can't be read: {error.strerror}") from None
+    if not found:
+        raise InputError(f"{path}: expected a passphrase in its first line")
+    return found
 
 
 def _signed(domain: Domain, data: bytes) -> bytes:

@@ -21,7 +21,7 @@ from rich.console import Console
 from veilgraft.durable import write_atomically
 from veilgraft.errors import InputError, VeilgraftError
 from veilgraft.events import EventLog
-from veilgraft.identity import SigningKey
+from veilgraft.identity import PASSPHRASE_FILE, SigningKey, passphrase
 from veilgraft_deploy import progress, provision, supervisor
 from veilgraft_deploy.control import Control
 from veilgraft_deploy.coordinator import STOP_SECONDS, acting_as, public_key
@@ -32,7 +32,6 @@ from veilgraft_server.folder import Folder, User, readable
 
 log = logging.getLogger(__name__)
 
-ENV = "VEILGRAFT_PASSPHRASE_FILE"
 LOOK_SECONDS = 0.5
 PROBE_SECONDS = 2.0
 
@@ -100,26 +99,15 @@ def read_passphrase(place: Folder, file: Path | None = None) -> bytes | None:
     """
     if b"ENCRYPTED" not in place.signing_key.read_bytes()[:64]:
         return None
-    named = file or (Path(value) if (value := os.environ.get(ENV)) else None)
-    if named is not None:
-        return passphrase_from(named)
+    if (given := passphrase(file)) is not None:
+        return given
     if not sys.stdin.isatty():
         raise InputError(
-            f"{place.signing_key}: expected its passphrase, from --passphrase-file or {ENV}"
+            f"{place.signing_key}: expected its passphrase, from --passphrase-file or "
+            f"{PASSPHRASE_FILE}"
         )
     answer: str = typer.prompt("passphrase of the signing key", hide_input=True, err=True)
     return answer.encode()
-
-
-def passphrase_from(file: Path) -> bytes:
-    """Return a file's first line; raises `InputError` where there is none."""
-    try:
-        found = file.read_bytes().split(b"\n")[0].rstrip(b"\r")
-    except OSError as error:
-        raise InputError(f"{file}: can't be read: {error.strerror}") from None
-    if not found:
-        raise InputError(f"{file}: expected a passphrase in its first line")
-    return found
 
 
 class Lines:
@@ -222,7 +210,7 @@ def measure(place: Folder, watcher: Watcher) -> None:
 
 
 def _services(place: Folder, passphrase: Path | None) -> list[Service]:
-    secret = {ENV: str(passphrase)} if passphrase else {}
+    secret = {PASSPHRASE_FILE: str(passphrase)} if passphrase else {}
     return [
         _service(place, "superlink", place.edge_user, {}, lambda: _superlink_answers(place)),
         _service(place, "executor", place.executor_user, secret, None),

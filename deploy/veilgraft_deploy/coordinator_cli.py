@@ -28,11 +28,12 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Make keys, certificates, and an invitation for each site."""
-    from veilgraft_deploy import conductor, coordinator
+    from veilgraft.identity import passphrase
+    from veilgraft_deploy import coordinator
 
-    passphrase = conductor.passphrase_from(passphrase_file) if passphrase_file else None
+    protected = passphrase(passphrase_file) if passphrase_file else None
     named = [name.strip() for name in sites.split(",") if name.strip()]
-    show(coordinator.init(folder, study, host, named, port, passphrase), as_json)
+    show(coordinator.init(folder, study, host, named, port, protected), as_json)
 
 
 @app.command()

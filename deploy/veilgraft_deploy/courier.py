@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from veilgraft.errors import InputError, VeilgraftError
+from veilgraft.identity import PASSPHRASE_FILE
 from veilgraft_client.connection import DeskClient
 from veilgraft_client.separation import courier_command, vault_command
 from veilgraft_deploy import supervisor
@@ -52,7 +53,7 @@ def start(place: Place) -> int:
         Service(
             "vault",
             vault,
-            {},
+            {name: os.environ[name] for name in (PASSPHRASE_FILE,) if name in os.environ},
             place.logs / "vault.log",
             ready=lambda: _answers(place),
             ready_seconds=READY_SECONDS,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from veilgraft.errors import InputError
-from veilgraft.identity import SigningKey
+from veilgraft.identity import SigningKey, passphrase
 from veilgraft.invitation import Coordinator
 from veilgraft_client.bundles import Bundles
 from veilgraft_client.separation import Separation, courier_command, vault_command, would_hold
@@ -80,7 +80,7 @@ def _permissions(place: Place) -> list[str]:
     with place.as_owner():
         try:
             if place.identity.exists():
-                SigningKey.load(place.identity)
+                SigningKey.load(place.identity, passphrase())
         except InputError as error:
             problems.append(str(error))
         problems += [

@@ -28,7 +28,7 @@ from veilgraft.config import canonical
 from veilgraft.durable import write_atomically
 from veilgraft.errors import InputError, Refusal, RefusedError, VeilgraftError
 from veilgraft.events import EventLog
-from veilgraft.identity import SigningKey
+from veilgraft.identity import SigningKey, passphrase
 from veilgraft.invitation import Coordinator, Invitation, Rotation
 from veilgraft.plan import plan
 from veilgraft.study import Study
@@ -178,7 +178,7 @@ def prepare(invitation: Invitation, answers: Answers, folder: Path) -> Place:
     elif place.site.site != invitation.site:
         raise InputError(f"{invitation.site}: {place.config} is of site {place.site.site}")
     if not place.identity.exists():
-        SigningKey.generate().save(place.identity)
+        SigningKey.generate().save(place.identity, passphrase())
     _settle_node_key(place, invitation)
     install_bundle(place.flower)
     _pin(place, invitation.coordinator)
@@ -240,7 +240,7 @@ def enrol(place: Place, invitation: Invitation) -> None:
         VeilgraftError: the edge can't be reached, or is not the one that the invitation names.
     """
     with place.as_owner():
-        identity = SigningKey.load(place.identity)
+        identity = SigningKey.load(place.identity, passphrase())
     node = serialization.load_ssh_private_key(place.node_key.read_bytes(), None)
     assert isinstance(node, ec.EllipticCurvePrivateKey)
     public = node.public_key().public_bytes(

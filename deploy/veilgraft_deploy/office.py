@@ -18,7 +18,7 @@ import torch
 from veilgraft import logs
 from veilgraft.errors import Refusal, RefusedError, VeilgraftError
 from veilgraft.events import EventLog
-from veilgraft.identity import SigningKey
+from veilgraft.identity import SigningKey, passphrase
 from veilgraft.model.backbone import FrozenBackbone
 from veilgraft.model.features import Cohort
 from veilgraft.study import Study
@@ -97,7 +97,7 @@ class Office:
             self.studies,
             self.bundles,
             coordinator=lambda: self.place.coordinator.identity,
-            identity=SigningKey.load(self.place.identity),
+            identity=SigningKey.load(self.place.identity, passphrase()),
             nonces=Nonces(self.site.state / "nonces.db"),
             events=self.events,
             ready=self.prepare,

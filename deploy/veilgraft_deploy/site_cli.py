@@ -17,6 +17,18 @@ app = typer.Typer(help="Take part in a study as a site.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Option("--dir", help="The site's folder.", readable=False)]
 
 
+@app.callback()
+def _options(
+    passphrase_file: Annotated[
+        Path | None, typer.Option(help="Its first line protects the site's key.", exists=True)
+    ] = None,
+) -> None:
+    if passphrase_file is not None:
+        from veilgraft.identity import PASSPHRASE_FILE
+
+        os.environ[PASSPHRASE_FILE] = str(passphrase_file.resolve())
+
+
 @app.command()
 def join(
     invitation: Annotated[Path, typer.Argument(help="The file that the coordinator gave you.")],

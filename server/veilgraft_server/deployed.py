@@ -8,7 +8,6 @@ The executor's process runs it, whose user alone may read the signing key. What 
 import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from veilgraft.config import canonical
 from veilgraft.durable import write_atomically
 from veilgraft.errors import VeilgraftError
 from veilgraft.events import EventLog
-from veilgraft.identity import PublicKey, SigningKey
+from veilgraft.identity import PublicKey, SigningKey, passphrase
 from veilgraft.messages import Here
 from veilgraft.model import export
 from veilgraft.model.backbone import FrozenBackbone
@@ -67,7 +66,7 @@ def _conduct(place: Folder, run: str, grid: Grid, events: EventLog) -> None:
         generator=app.public_generator(study),
         evaluate=evaluation.scorer(study, _test(place)),
         tell=_teller(place, events),
-        key=SigningKey.load(place.signing_key, _passphrase()),
+        key=SigningKey.load(place.signing_key, passphrase()),
         sender=lambda node: _sender(registry, node),
         backbone=study.backbone.path,
         patience=PATIENCE_SECONDS,
@@ -83,12 +82,6 @@ def _conduct(place: Folder, run: str, grid: Grid, events: EventLog) -> None:
 def _sender(registry: Registry, node: int) -> tuple[str, PublicKey] | None:
     member = registry.by_node(node)
     return (member.site, member.identity) if member and member.identity else None
-
-
-def _passphrase() -> bytes | None:
-    """Return what the executor was given to read the key with."""
-    named = os.environ.get("VEILGRAFT_PASSPHRASE_FILE")
-    return Path(named).read_bytes().split(b"\n")[0] if named else None
 
 
 def _meet(place: Folder, here: Here) -> None:

@@ -16,7 +16,7 @@ from flwr.app import MessageType
 
 from veilgraft import messages
 from veilgraft.config import canonical
-from veilgraft.errors import InputError, MessageError, QuorumError
+from veilgraft.errors import MessageError, QuorumError
 from veilgraft.messages import Hello, Here, Offer, Part, Reply, Wanted
 from veilgraft.study import Study
 from veilgraft_server import distribution
@@ -29,12 +29,27 @@ GREETING_SECONDS = 30.0
 """How long an answer to a greeting is waited for: before the first round, and between rounds, when
 all others wait. So long passes, too, until a site is greeted again."""
 
+SHYNESS = 4
+"""Doublings, at most, of the time until a site is greeted again that gave no sign of getting on."""
+
 PART_SECONDS = 600.0
+LATE_SECONDS = 60.0
+"""What late sites may take of the others' time between two rounds, beside a greeting."""
+
 WINDOW = 4
 """Parts that are under way to one site at a time."""
 
-WINDOWS = 4
-"""Windows sent to a late site between two rounds; the others wait for so many."""
+AT_ONCE = 4
+"""Sites that parts are under way to; so much is in memory. Those that had least come first."""
+
+FIRST_WINDOWS, WINDOWS = 64, 4
+"""Windows sent at a look: before the first round, and between rounds."""
+
+COPIES = 3
+"""How often a site is sent the whole backbone in one run, which may have lost it; then no more."""
+
+MAX_WANTED = 1 << 16
+"""Bytes in which a site says what it lacks."""
 
 
 @dataclass
@@ -54,6 +69,8 @@ class Sites:
     meet: Callable[[Here], None] = lambda _: None
     ready: dict[int, str] = field(default_factory=dict)
     _greeted: dict[int, float] = field(default_factory=dict)
+    _fruitless: dict[int, int] = field(default_factory=dict)
+    _sent: dict[str, int] = field(default_factory=dict)
 
     def wait(self, seconds: float) -> None:
         """Return once a quorum is ready.
@@ -63,7 +80,7 @@ class Sites:
         """
         quorum, deadline = self.study.aggregation.quorum, time.monotonic() + seconds
         while True:
-            self.refresh(windows=None, seconds=FIRST_GREETING_SECONDS)
+            self.refresh(FIRST_WINDOWS, FIRST_GREETING_SECONDS, PART_SECONDS)
             if len(self.ready) >= quorum:
                 return
             if time.monotonic() > deadline:
@@ -73,38 +90,59 @@ class Sites:
                 )
             time.sleep(POLL_SECONDS)
 
-    def refresh(self, windows: int | None = WINDOWS, seconds: float = GREETING_SECONDS) -> None:
+    def refresh(
+        self,
+        windows: int = WINDOWS,
+        seconds: float = GREETING_SECONDS,
+        within: float = LATE_SECONDS,
+    ) -> None:
         """Greet nodes that don't take part yet, and send them what they lack.
 
         Args:
-            windows: of parts at most; None sends all.
+            windows: of parts at most.
             seconds: that answers to a greeting are waited for.
+            within: seconds that sending may take.
         """
-        now = time.monotonic()
-        new = [
-            node
-            for node in self.post.nodes()
-            if node not in self.ready
-            and now - self._greeted.get(node, -GREETING_SECONDS) >= GREETING_SECONDS
-        ]
+        now, there = time.monotonic(), self.post.nodes()
+        self._part_from({node for node in self.ready if node not in there})
+        new = [node for node in there if node not in self.ready and self._is_due(node, now)]
         if not new:
             return
         self._greeted |= dict.fromkeys(new, now)
         found = self._greet(new, seconds).valid
         named = {node: here.site for node, here in found.items()}
+        # A site that joined anew is another node; its old one will not come back.
+        left = {n for n, s in self.ready.items() if n not in there and s in named.values()}
+        self.ready = {n: site for n, site in self.ready.items() if n not in left}
         named |= self.ready
         allowed = {n: here for n, here in found.items() if self._may_join(here.site, named)}
         approved = {node: here for node, here in allowed.items() if here.approved}
         for here in approved.values():
             self.meet(here)
         lacking = {node: here.site for node, here in approved.items() if not here.backbone}
-        whole = self._equip(lacking, windows)
+        whole, slow = self._equip(lacking, windows, time.monotonic() + within)
         self.ready |= {
             node: here.site for node, here in approved.items() if here.backbone or node in whole
         }
         # What was sent in part goes on at the next look, and not only after a while.
-        for node in lacking.keys() - whole:
+        for node in lacking.keys() - whole - slow:
             self._greeted.pop(node, None)
+        for node in new:
+            fruitless = node in slow or node not in found
+            self._fruitless[node] = self._fruitless.get(node, 0) + 1 if fruitless else 0
+
+    def _is_due(self, node: int, now: float) -> bool:
+        """Whether a node is to be greeted; one that keeps the others waiting, ever less often."""
+        if node not in self._greeted:
+            return True
+        doublings = min(self._fruitless.get(node, 0), SHYNESS)
+        return now - self._greeted[node] >= GREETING_SECONDS * (1 << doublings)
+
+    def _part_from(self, gone: set[int]) -> None:
+        """Ask nodes that have left no more, until they are back, where the quorum holds without."""
+        if gone and len(self.ready) - len(gone) >= self.study.aggregation.quorum:
+            for node in gone:
+                log.warning("%s: has left", self.ready.pop(node))
 
     def _greet(self, nodes: list[int], seconds: float) -> Answers[int, Here]:
         payload = canonical(self.study.canonical).encode()
@@ -129,35 +167,55 @@ class Sites:
             return False
         return True
 
-    def _equip(self, sites: dict[int, str], windows: int | None) -> set[int]:
-        """Send the backbone to nodes that lack it; return those that now have all of it."""
-        if not sites or self.backbone is None:
-            return set()
+    def _equip(
+        self, lacking: Mapping[int, str], windows: int, until: float
+    ) -> tuple[set[int], set[int]]:
+        """Send the backbone on; return who has all of it, and who did not get on at all."""
+        if not lacking or self.backbone is None:
+            return set(), set()
         manifest = distribution.manifest(self.backbone, self.study.backbone.digest)
+        sizes = {name: file["bytes"] for name, file in json.loads(manifest)["files"].items()}
+        sated = {n for n, s in lacking.items() if self._sent.get(s, 0) >= COPIES * _bytes(sizes)}
+        for node in sated:
+            log.warning("%s: was sent the backbone %d times; no more", lacking[node], COPIES)
+        fair = sorted(lacking.keys() - sated, key=lambda node: self._sent.get(lacking[node], 0))
+        sites = {node: lacking[node] for node in fair[:AT_ONCE]}
         offers = {node: self._offer(node, site, manifest) for node, site in sites.items()}
-        missing = self.post.ask(offers, _wanted, GREETING_SECONDS).valid
-        sent = 0
-        while any(missing.values()) and (windows is None or sent < windows):
-            missing = self._window(sites, missing)
+        first = self.post.ask(offers, _wanted(sizes), _left(until, GREETING_SECONDS)).valid
+        missing, last, sent = first, dict(first), 0
+        while any(missing.values()) and sent < windows and time.monotonic() < until:
+            missing = self._window(sites, missing, sizes, _left(until, PART_SECONDS))
+            last |= missing
             sent += 1
-        return {node for node, rest in missing.items() if not rest}
+        whole = {node for node, rest in last.items() if not rest}
+        got_on = {n for n, rest in last.items() if _rest(rest, sizes) < _rest(first[n], sizes)}
+        return whole, sated | (sites.keys() - whole - got_on)
 
     def _window(
-        self, sites: Mapping[int, str], missing: Mapping[int, dict[str, int]]
+        self,
+        sites: Mapping[int, str],
+        missing: Mapping[int, dict[str, int]],
+        sizes: Mapping[str, int],
+        seconds: float,
     ) -> dict[int, dict[str, int]]:
-        """Send each node its next parts; return what nodes that took them still lack."""
+        """Send each node its next parts; return what nodes that took some still lack."""
         parts = {
             (node, number): part
             for node, rest in missing.items()
             for number, part in enumerate(self._parts(node, sites[node], rest))
         }
-        found = self.post.ask(parts, _wanted, PART_SECONDS)
+        for (node, _), part in parts.items():
+            # Also an empty part is one.
+            self._sent[sites[node]] = self._sent.get(sites[node], 0) + max(1, len(part.payload))
+        found = self.post.ask(parts, _wanted(sizes), seconds)
         for (node, _), reason in found.failed.items():
             log.warning("%s: backbone: %s", sites[node], reason)
         left = {node: rest for node, rest in missing.items() if not rest}
-        # Parts are taken in order, so that the last answer tells what is still missing.
-        last = {node: found.valid[node, number] for node, number in sorted(found.valid)}
-        return left | last
+        # Parts may overtake one another: the answer to the last one taken lacks least.
+        for (node, _), rest in found.valid.items():
+            if node not in left or _rest(rest, sizes) < _rest(left[node], sizes):
+                left[node] = rest
+        return left
 
     def _parts(self, node: int, site: str, missing: Mapping[str, int]) -> Iterator[Asked]:
         for name, offset, data in islice(self._chunks(missing), WINDOW):
@@ -192,11 +250,33 @@ def _here(reply: Reply, payload: bytes) -> Here:
     return reply
 
 
-def _wanted(reply: Reply, payload: bytes) -> dict[str, int]:
-    if not isinstance(reply, Wanted):
-        raise MessageError("expected a site to say what it lacks")
-    try:
-        missing = json.loads(payload)["missing"]
-        return {str(name): int(offset) for name, offset in missing.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, InputError):
-        raise MessageError("expected what is missing as offsets by file name") from None
+def _wanted(sizes: Mapping[str, int]) -> Callable[[Reply, bytes], dict[str, int]]:
+    """Return the check of what a site lacks of files of these sizes."""
+
+    def check(reply: Reply, payload: bytes) -> dict[str, int]:
+        if not isinstance(reply, Wanted) or len(payload) > MAX_WANTED:
+            raise MessageError("expected a site to say what it lacks")
+        try:
+            missing = dict(json.loads(payload)["missing"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise MessageError("expected what is missing as offsets by file name") from None
+        for name, offset in missing.items():
+            inside = name in sizes and type(offset) is int and 0 <= offset < max(1, sizes[name])
+            if not inside:
+                raise MessageError("expected offsets within files that were offered")
+        return missing
+
+    return check
+
+
+def _rest(missing: Mapping[str, int], sizes: Mapping[str, int]) -> int:
+    """Return how much is missing, in bytes; of an empty file, one."""
+    return sum(max(1, sizes[name]) - offset for name, offset in missing.items())
+
+
+def _bytes(sizes: Mapping[str, int]) -> int:
+    return _rest(dict.fromkeys(sizes, 0), sizes)
+
+
+def _left(until: float, most: float) -> float:
+    return max(1.0, min(most, until - time.monotonic()))

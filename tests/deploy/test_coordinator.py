@@ -28,7 +28,7 @@ from tests.system.command import written
 
 from veilgraft.errors import InputError
 from veilgraft.events import EventLog
-from veilgraft.identity import PublicKey, SigningKey
+from veilgraft.identity import PASSPHRASE_FILE, PublicKey, SigningKey
 from veilgraft.invitation import Invitation, Rotation
 from veilgraft.model.features import Features
 from veilgraft.study import Study
@@ -264,13 +264,13 @@ def test_a_key_with_a_passphrase_needs_it(
     place.signing_key.unlink()
     key = SigningKey.generate()
     key.save(place.signing_key, b"secret")
-    monkeypatch.delenv(conductor.ENV, raising=False)
+    monkeypatch.delenv(PASSPHRASE_FILE, raising=False)
     with pytest.raises(InputError, match="expected its passphrase"):
         conductor.start(folder)
     file = tmp_path / "passphrase"
     file.write_bytes(b"secret\n")
     assert conductor.read_passphrase(place, file) == b"secret"
-    monkeypatch.setenv(conductor.ENV, str(file))
+    monkeypatch.setenv(PASSPHRASE_FILE, str(file))
     assert conductor.read_passphrase(place) == b"secret"
     rotated = coordinator.rotate(folder, b"secret")
     with pytest.raises(InputError, match="expected a passphrase"):
