@@ -7,12 +7,10 @@ can be had. The connection is tried by this one, which reads none.
 import email.utils
 import json
 import os
-import ssl
 import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from veilgraft.invitation import Coordinator
 from veilgraft_client.bundles import Bundles
 from veilgraft_client.separation import Separation, courier_command, vault_command, would_hold
 from veilgraft_client.studies import Studies
+from veilgraft_deploy.enrolling import FAILURES, opener
 from veilgraft_deploy.office import secrets, shared
 from veilgraft_deploy.place import Place
 
@@ -45,7 +44,7 @@ def check(place: Place, study: Path | None = None) -> tuple[dict[str, Any], list
     facts: dict[str, Any] = {
         "site": place.site.site,
         "isolation": place.site.isolation,
-        "separations": {each.name: asdict(each) for each in separations},
+        "separations": [asdict(each) for each in separations],
     }
     if place.site.isolation == "full" and not place.site.data_is_public:
         problems += [f"{each.name}: {each.reason}" for each in separations if not each.holds]
@@ -115,26 +114,23 @@ def _reach(place: Place) -> list[str]:
 
 def connection(coordinator: Coordinator) -> tuple[dict[str, Any], list[str]]:
     """Try the coordinator's edge; return what was found and what is wrong."""
-    context = ssl.create_default_context(cadata=coordinator.ca)
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-    )
-    address = coordinator.address
+    address, edge = coordinator.address, opener(coordinator)
     try:
         url = f"https://{address}{HEALTH_PATH}"
-        with opener.open(url, timeout=CONNECT_SECONDS) as answer:
+        with edge.open(url, timeout=CONNECT_SECONDS) as answer:
             there, here = answer.headers.get("date"), time.time()
     except urllib.error.HTTPError as error:
         return {"reached": False}, [f"{address}: answers, but not as a coordinator: {error.code}"]
-    except OSError as error:
+    except FAILURES as error:
         reason = getattr(error, "reason", error)
         return {"reached": False}, [
             f"{address}: can't be reached ({reason}); open outgoing TCP to it in the firewall, and "
             "ask whether the coordinator runs"
         ]
-    if there is None:
+    try:
+        ahead = here - email.utils.parsedate_to_datetime(there).timestamp()
+    except (TypeError, ValueError, OverflowError):
         return {"reached": True}, []
-    ahead = here - email.utils.parsedate_to_datetime(there).timestamp()
     facts = {"reached": True, "clock_ahead_seconds": round(ahead, 1)}
     # The date is whole seconds, cut off.
     if ahead - 1 > AHEAD_SECONDS or -ahead > BEHIND_SECONDS:
@@ -163,15 +159,18 @@ def _examined(
     if not without_network:
         command = command[command.index("setpriv") :]
     env = {"PATH": os.defpath, "HOME": str(place.state), "LANG": "C.UTF-8"}
-    done = subprocess.run(  # noqa: S603 - our own argv, no shell
-        command,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=EXAMINE_SECONDS,
-        check=False,
-        cwd=place.state,
-    )
+    try:
+        done = subprocess.run(  # noqa: S603 - our own argv, no shell
+            command,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=EXAMINE_SECONDS,
+            check=False,
+            cwd=place.state,
+        )
+    except subprocess.TimeoutExpired:
+        return None, [f"the records could not be read within {EXAMINE_SECONDS:g} s"]
     if done.returncode:
         told = [line.removeprefix("veilgraft: ") for line in done.stderr.splitlines() if line]
         return None, told or [f"the records can't be read (exit {done.returncode})"]

@@ -113,7 +113,7 @@ def check(
     from veilgraft_deploy.place import Place
 
     facts, problems = doctor.check(Place.open(folder), study)
-    show({**facts, "problems": problems}, as_json)
+    show({**facts, **({"problems": problems} if as_json else {})}, as_json)
     if problems:
         raise InputError(*problems)
 
