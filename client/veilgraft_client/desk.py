@@ -136,9 +136,11 @@ class Desk:
 
     def _purge(self) -> dict[str, Any]:
         """Remove features and backbones; they are made, or sent, again where they are needed."""
-        features = list((self._vault.site.state / "features").glob("*.npy"))
-        for path in features:
-            path.unlink()
+        folder = self._vault.site.state / "features"
+        features = list(folder.glob("*.npy"))
+        # What was being made when a process was killed holds features, too.
+        for path in (*features, *folder.glob(".*.partial")):
+            path.unlink(missing_ok=True)
         backbones = self._bundles.purge()
         for digest in self._vault.approved:
             self._vault.forget(digest)

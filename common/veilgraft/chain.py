@@ -263,7 +263,9 @@ class Chain:
         for row in self.rows("SELECT * FROM entries ORDER BY seq"):
             seq, kind, hash_, count = row[0], row[3], row[5], count + 1
             # The stored text itself is chained: SQL and JSON readers may see it differently.
-            fits = seq == count and hash_ == _chained(previous, *row[:5])
+            # A damaged file may also hold a number or bytes in the place of text.
+            fits = seq == count and {type(each) for each in row[1:5]} == {str}
+            fits = fits and hash_ == _chained(previous, *row[:5])
             if not fits or (kind == "open") != (count == 1):
                 raise ChainError(f"{self.path}: entry {seq} does not fit the chain")
             previous = hash_

@@ -71,7 +71,16 @@ def sha256_of(value: object) -> str:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, which also refuses a key that stands twice."""
+    """PyYAML's safe loader, which also refuses a key that stands twice, and aliases.
+
+    A few lines of aliases stand for more values than any machine can hold.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "an alias; write the value out", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[object] = set()

@@ -3,8 +3,10 @@
 The courier's part reads nothing but `courier` and `run`, so it can stand in a container of its own.
 """
 
+import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -16,9 +18,12 @@ from veilgraft_client.connection import DeskClient
 from veilgraft_client.separation import courier_command, vault_command
 from veilgraft_deploy import supervisor
 from veilgraft_deploy.place import Place, coordinator
+from veilgraft_deploy.processes import Process, killed, send
 from veilgraft_deploy.supervisor import Service, supervise
 
-POLL_SECONDS = "0.1"
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = "0.2"
 READY_SECONDS = 180.0
 """For a vault to come up: torch alone may take a minute on a slow disk."""
 
@@ -110,12 +115,36 @@ def courier(path: Path) -> int:
         *("--superexec-auth-secret-file", str(secret)),
     ]
     logs = place.work
+    known: set[Process] = set()
     # Not there at a site's start are not the same as broken: both are tried for ever.
     services = [
         Service("supernode", supernode, env, logs / "supernode.log", ready=lambda: _open(port)),
         Service("executor", executor, env, logs / "executor.log", ready=lambda: True),
     ]
-    return supervise(services, place.work / "courier.pid")
+    pid_file = place.work / "courier.pid"
+    return supervise(services, pid_file, tick=lambda: _renew(pid_file, known))
+
+
+def _renew(pid_file: Path, known: set[Process]) -> bool:
+    """End the SuperNode where the process that had its task was killed.
+
+    It works on one task at a time, and would wait a minute for that one. Ended, it starts again,
+    and the coordinator asks again.
+
+    Args:
+        known: executors met so far, and their apps that were killed; grows.
+    """
+    running = supervisor.running(pid_file)
+    children = {name: Process(*who) for name, who in running["children"].items()} if running else {}
+    executor, supernode = children.get("executor"), children.get("supernode")
+    if executor is None:
+        return True
+    lost = {executor, *killed(executor.pid)} - known
+    if known and lost and supernode is not None:
+        log.warning("a task was lost with its process; the SuperNode is started again")
+        send(supernode, signal.SIGTERM)
+    known |= lost
+    return True
 
 
 def stop(place: Place) -> bool:

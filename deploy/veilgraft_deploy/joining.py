@@ -10,38 +10,34 @@ import hashlib
 import json
 import math
 import os
-import ssl
-import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
 import yaml
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from rich.console import Console
+from rich.markup import escape
 
 from veilgraft.config import canonical
-from veilgraft.durable import write_atomically
-from veilgraft.errors import InputError, Refusal, RefusedError, VeilgraftError
+from veilgraft.durable import sync_folder, write_atomically
+from veilgraft.errors import InputError, Refusal, RefusedError
 from veilgraft.events import EventLog
 from veilgraft.identity import SigningKey, passphrase
 from veilgraft.invitation import Coordinator, Invitation, Rotation
+from veilgraft.logs import plain
 from veilgraft.plan import plan
 from veilgraft.study import Study
 from veilgraft_client.bundles import Bundles
 from veilgraft_client.policy import Site
 from veilgraft_client.studies import Studies
 from veilgraft_deploy import doctor
+from veilgraft_deploy.enrolling import enrol
 from veilgraft_deploy.office import order
 from veilgraft_deploy.place import Place, pin, user
 from veilgraft_deploy.provision import install_bundle
-
-ENROL_SECONDS = 30.0
-ENROL_PATH = "/veilgraft/enrol"
 
 
 @dataclass(frozen=True)
@@ -88,21 +84,25 @@ def join(
     """
     place = prepare(invitation, answers, folder)
     study = invitation.contract
+    if place.config.read_text(encoding="utf-8") != draft(invitation, answers):
+        console.print(f"{place.config} is kept as it is; what it says counts", highlight=False)
     with place.as_owner():
-        Studies(place.site.state).propose(canonical(invitation.study).encode())
+        studies = Studies(place.site.state)
+        studies.propose(canonical(invitation.study).encode())
         if backbone is not None:
             limit = place.site.limits.max_backbone_bytes
             Bundles(place.site.state / "backbones", limit).add(backbone, study.backbone.digest)
-    facts, problems = doctor.check(place)
+    # Of this study alone: what else was once proposed is no reason not to join.
+    facts, problems = doctor.check(place, studies.file(study.digest))
     if problems:
         raise InputError(*problems)
     _explain(console, place, study, facts)
     if approved is None and not typer.confirm("Approve this study?", err=True):
         raise RefusedError(Refusal.STUDY_NOT_APPROVED, f"{study.digest}: not approved")
     order(place, "approve", study.digest)
+    enrol(place, invitation)
     with place.as_owner(), contextlib.closing(EventLog(place.events)) as events:
         events.note("joined", coordinator=invitation.coordinator.identity.id, site=invitation.site)
-    enrol(place, invitation)
     return {
         "site": invitation.site,
         "study": study.digest,
@@ -115,10 +115,10 @@ def _explain(console: Console, place: Place, study: Study, facts: dict[str, Any]
     """Show what would leave, what it would cost, and whom the site is about to trust."""
     planned = plan(study)
     for examined in facts["studies"]:
-        counts = ", ".join(f"{name} {count}" for name, count in examined["labels"].items())
+        counts = _said(", ".join(f"{name} {n}" for name, n in examined["labels"].items()))
         console.print(f"[bold]Here[/], for your eyes only: {examined['records']} records; {counts}")
     leaves = ", ".join(f"{count} × {kind}" for kind, (count, _) in planned.releases.items())
-    console.print(f"[bold]Study[/] {study.name}: {study.purpose}", highlight=False)
+    console.print(f"[bold]Study[/] {study.name}: {_said(study.purpose)}", highlight=False)
     console.print(f"[bold]What would leave[/]: {leaves}, noised; and a yes or a no")
     epsilon = planned.epsilon()
     cost = "no privacy at all" if epsilon is None else f"ε = {epsilon:.4g} at δ = {planned.delta:g}"
@@ -128,6 +128,11 @@ def _explain(console: Console, place: Place, study: Study, facts: dict[str, Any]
     console.print(f"    {place.coordinator.identity.fingerprint}", highlight=False)
     console.print("Compare these digits with the coordinator's by phone before you approve.")
     console.print(f"[bold]Digest[/] {study.digest}", highlight=False, soft_wrap=True)
+
+
+def _said(text: str) -> str:
+    """Return a coordinator's words on one line, so that they can't pass for ours."""
+    return escape(plain(text))
 
 
 def accept_rotation(place: Place, path: Path, *, ask: bool) -> dict[str, Any]:
@@ -150,42 +155,69 @@ def accept_rotation(place: Place, path: Path, *, ask: bool) -> dict[str, Any]:
             raise RefusedError(Refusal.REQUEST_INVALID, f"{path}: not accepted")
     changed = pinned.model_copy(update={"key": new.text})
     with place.as_owner(), contextlib.closing(EventLog(place.events)) as events:
-        pin(place.pinned, changed)
+        # First: a key that no log tells of must not be trusted.
         events.note("rotated", old=pinned.identity.id, new=new.id)
+        pin(place.pinned, changed)
     return {"old": pinned.identity.fingerprint, "new": new.fingerprint}
 
 
 def prepare(invitation: Invitation, answers: Answers, folder: Path) -> Place:
     """Make the site's folder with its keys and a commented `site.yaml`; one that is there is kept.
 
+    A `site.yaml` that nobody has changed, and under which nothing was approved, gives way to new
+    answers: the first may have been wrong.
+
     Raises:
         InputError: the folder holds something else, or the answers make no valid `site.yaml`.
     """
     place = Place(folder.resolve())
-    if place.path.exists() and any(place.path.iterdir()) and not place.config.exists():
-        raise InputError(f"{folder}: expected no folder, an empty one, or one that joined before")
+    _expect_ours(place, folder)
     text = draft(invitation, answers)
     Site.parse(yaml.safe_load(text), name=str(place.config), base=place.path)
-    courier = user(answers.courier_user)
-    fresh = not place.config.exists()
+    if place.config.exists() and place.site.site != invitation.site:
+        raise InputError(f"{invitation.site}: {place.config} is of site {place.site.site}")
+    courier, secret = user(answers.courier_user), passphrase()
     for made in (place.path, place.state, place.courier, place.work, place.run, place.logs):
         made.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Searchable, so that the courier finds its own folders; all others in it are closed.
     place.path.chmod(0o711)
-    if fresh:
-        write_atomically(place.config, text.encode())
-        place.config.chmod(0o600)
-    elif place.site.site != invitation.site:
-        raise InputError(f"{invitation.site}: {place.config} is of site {place.site.site}")
-    if not place.identity.exists():
-        SigningKey.generate().save(place.identity, passphrase())
-    _settle_node_key(place, invitation)
-    install_bundle(place.flower)
-    _pin(place, invitation.coordinator)
-    if fresh:
+    if not place.config.exists():
         _hand_over(place, answers.data)
+    install_bundle(place.flower)
+    with place.as_owner():
+        _write(place, text)
+        if not place.identity.exists():
+            _make_identity(place.identity, secret)
+        _settle_node_key(place, invitation)
+        _pin(place, invitation.coordinator)
     place.settle(courier)
     return Place.open(folder)
+
+
+def _expect_ours(place: Place, folder: Path) -> None:
+    """Raise `InputError` for a folder that holds what no join, ended or broken off, has made."""
+    if not place.path.exists() or place.config.exists():
+        return
+    ours = {each.name for each in (place.state, place.courier, place.run, place.logs)}
+    found = {each.name for each in place.path.iterdir()}
+    if any(name not in ours and not name.startswith(f".{place.config.name}.") for name in found):
+        raise InputError(f"{folder}: expected no folder, an empty one, or one that joined before")
+
+
+def _write(place: Place, text: str) -> None:
+    """Write `site.yaml`, unless a person has changed the one that is there, or approved by it."""
+    mark = place.state / "drafted"
+    if place.config.exists():
+        untouched = mark.exists() and mark.read_text() == _sha256(place.config.read_bytes())
+        if not untouched or (place.state / "ledger.db").exists():
+            return
+    write_atomically(mark, _sha256(text.encode()).encode())
+    write_atomically(place.config, text.encode())
+    place.config.chmod(0o600)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _hand_over(place: Place, data: Path) -> None:
@@ -194,13 +226,22 @@ def _hand_over(place: Place, data: Path) -> None:
         return
     found = data.stat()
     for path in (place.path, *place.path.iterdir(), *place.state.iterdir()):
-        os.chown(path, found.st_uid, found.st_gid)
+        os.chown(path, found.st_uid, found.st_gid, follow_symlinks=False)
+
+
+def _make_identity(path: Path, secret: bytes | None) -> None:
+    """Make the site's key, whole or not at all."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    SigningKey.generate().save(fresh, secret)
+    fresh.rename(path)
+    sync_folder(path.parent)
 
 
 def _settle_node_key(place: Place, invitation: Invitation) -> None:
     """Make a new key for each invitation, and keep it: the edge binds it to the token."""
     mark = place.courier / "invitation"
-    token = hashlib.sha256(invitation.token.encode()).hexdigest()
+    token = _sha256(invitation.token.encode())
     if place.node_key.exists() and mark.exists() and mark.read_text() == token:
         return
     place.node_key.unlink(missing_ok=True)
@@ -228,67 +269,12 @@ def _make_node_key(path: Path) -> None:
         serialization.PrivateFormat.OpenSSH,
         serialization.NoEncryption(),
     )
-    path.touch(mode=0o600)
-    path.write_bytes(pem)
-
-
-def enrol(place: Place, invitation: Invitation) -> None:
-    """Show the edge both keys and the token; the same again changes nothing.
-
-    Raises:
-        InputError: the edge says no: token used, expired or revoked.
-        VeilgraftError: the edge can't be reached, or is not the one that the invitation names.
-    """
-    with place.as_owner():
-        identity = SigningKey.load(place.identity, passphrase())
-    node = serialization.load_ssh_private_key(place.node_key.read_bytes(), None)
-    assert isinstance(node, ec.EllipticCurvePrivateKey)
-    public = node.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    body = canonical(
-        {
-            "site": invitation.site,
-            "token": invitation.token,
-            "identity": identity.public.text,
-            "node": public.decode(),
-            "time": int(time.time()),
-        }
-    ).encode()
-    proofs = {
-        "content-type": "application/json",
-        "x-veilgraft-signature": identity.sign("enrolment", body).hex(),
-        "x-veilgraft-node-signature": node.sign(body, ec.ECDSA(hashes.SHA256())).hex(),
-    }
-    _post(invitation.coordinator, body, proofs)
-
-
-def _post(coordinator: Coordinator, body: bytes, headers: dict[str, str]) -> None:
-    context = ssl.create_default_context(cadata=coordinator.ca)
-    url = f"https://{coordinator.address}{ENROL_PATH}"
-    request = urllib.request.Request(url, body, headers)
-    # No proxy from the environment: what is pinned is one host.
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-    )
-    try:
-        with opener.open(request, timeout=ENROL_SECONDS) as answer:
-            answer.read(4096)
-    except urllib.error.HTTPError as error:
-        if error.code == 403:
-            raise InputError(
-                "invitation: the coordinator refuses it: used by other keys, expired or revoked, "
-                "or this machine's clock is wrong; ask for a new one"
-            ) from None
-        raise VeilgraftError(
-            f"{coordinator.address}: can't enrol now (HTTP {error.code}); try again"
-        ) from None
-    except (OSError, ssl.SSLError) as error:
-        reason = getattr(error, "reason", error)
-        raise VeilgraftError(
-            f"{coordinator.address}: can't be reached ({reason}); the site needs to open a TCP "
-            "connection there"
-        ) from None
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.touch(mode=0o600)
+    fresh.write_bytes(pem)
+    fresh.rename(path)
+    sync_folder(path.parent)
 
 
 def draft(invitation: Invitation, answers: Answers) -> str:
@@ -303,15 +289,17 @@ def draft(invitation: Invitation, answers: Answers) -> str:
         if value is not None:
             source[key] = value
     values = {
-        "site": invitation.site,
-        "data": json.dumps(source, ensure_ascii=False),
+        "site": json.dumps(invitation.site),
+        "data": yaml.safe_dump(
+            source, default_flow_style=True, allow_unicode=True, width=10_000, sort_keys=False
+        ).strip(),
         "units": answers.units,
         "held_out": held_out,
         "max_epsilon": _cap(study, answers.max_epsilon),
-        "delta": 2 * study.privacy.delta,
+        "delta": max(1e-9, 2 * study.privacy.delta),
         "public": "true" if answers.public else "false",
         "isolation": answers.isolation,
-        "courier_user": "null" if answers.courier_user is None else answers.courier_user,
+        "courier_user": json.dumps(answers.courier_user),
         "seed": "null" if answers.seed is None else answers.seed,
     }
     return _SITE.format_map(values)
@@ -320,8 +308,11 @@ def draft(invitation: Invitation, answers: Answers) -> str:
 def _cap(study: Study, asked: float | None) -> float:
     if asked is not None:
         return asked
+    epsilon = plan(study).epsilon() or 1.0
+    if math.isinf(epsilon):
+        raise InputError("--max-epsilon: missing; this study has hardly any noise, and no finite ε")
     # Equal events priced in another order differ in the last digits.
-    return math.ceil((plan(study).epsilon() or 1.0) * 1000 * (1 + 1e-6)) / 1000
+    return math.ceil(epsilon * 1000 * (1 + 1e-6)) / 1000
 
 
 _SITE = """\
@@ -347,7 +338,7 @@ limits:
   # What may ever be spent, over all studies and for the life of the data. A study that would go
   # beyond it is refused before it starts.
   max_epsilon: {max_epsilon}
-  delta: {delta:g}
+  delta: {delta!r}
   min_units: 1
 
 # True only where nobody's privacy is at stake; then, and only then, may a study run without noise,

@@ -11,7 +11,7 @@ from pathlib import Path
 import veilgraft  # noqa: F401 - its switches must be set before Flower is imported
 from veilgraft_server.folder import Folder
 
-POLL_SECONDS = "0.1"
+POLL_SECONDS = "1.0"
 
 
 def superlink(folder: Path) -> None:

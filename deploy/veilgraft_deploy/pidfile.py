@@ -7,6 +7,7 @@ supervisor that is killed, so that the next one can end what was left.
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,10 +104,13 @@ def recorded(path: Path) -> dict[str, Any] | None:
 def _parsed(descriptor: int) -> dict[str, Any] | None:
     """Return what a pid file says; None when it is empty or from before the machine last booted."""
     text = os.pread(descriptor, 1 << 16, 0).decode(errors="replace")
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         # More may follow for a moment, while a shorter text takes a longer one's place.
         facts: dict[str, Any] = json.JSONDecoder().raw_decode(text)[0]
-        if facts["boot"] == _boot():
+        who = [(facts["pid"], facts["starttime"]), *map(tuple, facts["children"].values())]
+        whole = all(len(each) == 2 and {type(n) for n in each} == {int} for each in who)
+        # No mark, or a short one, would be every process's.
+        if whole and facts["boot"] == _boot() and re.fullmatch("[0-9a-f]{32}", facts["mark"]):
             return facts
     return None
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import pwd
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -144,36 +145,48 @@ class Place:
             return
         uid, groups = courier
         gid = min(groups) if uid not in groups else uid
-        owner = self.owner
-        for folder in (self.courier, self.run):
-            os.chown(folder, owner.uid, gid)
-        self.courier.chmod(0o750)
+        owner = self.owner.uid
         # Set-group-id: the vault, who is not of the courier's group, makes its socket there.
-        self.run.chmod(0o2750)
-        os.chown(self.work, uid, gid)
-        self.work.chmod(0o700)
+        _give(self.run, owner, gid, 0o2750)
+        _give(self.work, uid, gid, 0o700)
         for path in self.courier.glob("*"):
-            if path.is_file():
-                os.chown(path, owner.uid, gid)
-                path.chmod(0o640)
+            if path.is_file() and not path.is_symlink():
+                _give(path, owner, gid, 0o640)
+        _give(self.courier, owner, gid, 0o750)
 
     @contextlib.contextmanager
     def as_owner(self) -> Iterator[None]:
-        """Act as the folder's owner where root asks: what is made is then the owner's."""
+        """Act as the folder's owner where root asks: what is made is then the owner's.
+
+        It holds for all threads of the process, so it is for the command line alone.
+        """
         owner = self.owner
         if os.geteuid() != 0 or owner.uid == 0:
             yield
             return
         groups, gid = os.getgroups(), os.getegid()
-        os.setgroups(owner.groups or (owner.gid,))
-        os.setegid(owner.gid)
-        os.seteuid(owner.uid)
         try:
+            os.setgroups(owner.groups or (owner.gid,))
+            os.setegid(owner.gid)
+            os.seteuid(owner.uid)
             yield
         finally:
             os.seteuid(0)
             os.setegid(gid)
             os.setgroups(groups)
+
+
+def _give(path: Path, uid: int, gid: int, mode: int) -> None:
+    """Set whose a file or folder is, never those of what a link in its place points to."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISDIR(found.st_mode) and found.st_nlink != 1:
+            raise InputError(f"{path}: expected a plain file; links are refused")
+        os.fchown(handle, uid, gid)
+        os.fchmod(handle, mode)
+    finally:
+        os.close(handle)
 
 
 def coordinator(path: Path) -> Coordinator:

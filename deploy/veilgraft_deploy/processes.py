@@ -58,6 +58,18 @@ def members(sessions: Collection[int], mark: str) -> list[Process]:
     return found
 
 
+def killed(session: int) -> list[Process]:
+    """Return who of a session was ended by a signal, and was not yet waited for."""
+    found = []
+    for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+        with suppress(OSError):
+            stat = _stat(pid)
+            # The last field is the status that `wait` would give; a signal is in its low bits.
+            if stat[0] == "Z" and int(stat[3]) == session and int(stat[-1]) & 0x7F:
+                found.append(Process(pid, int(stat[19])))
+    return found
+
+
 def _carries(pid: int, mark: str) -> bool:
     environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     name, sought = f"{MARK}=".encode(), mark.encode()

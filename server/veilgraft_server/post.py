@@ -8,12 +8,14 @@ costs no privacy. A site that stays away is waited for only so long as it seems 
 
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Generic, TypeVar, cast
 
+import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -24,7 +26,7 @@ from veilgraft.messages import Envelope, Hello, Question, Refused, Reply
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.2
 LOOK_SECONDS = 3.0
 """Between looks at which nodes are there."""
 
@@ -86,7 +88,6 @@ class _Waiting:
     due: float = 0.0
     asked_at: float = 0.0
     sent: set[str] = field(default_factory=set)
-    seen: float = field(default_factory=time.monotonic)
     reason: str = "no answer"
 
     @property
@@ -115,6 +116,9 @@ class Post:
     grid: Grid
     key: SigningKey | None = None
     sender: Callable[[int], tuple[str, PublicKey] | None] = lambda _: None
+    _seen: dict[int, float] = field(default_factory=dict)
+    """When each node was there last: one that has left holds up one round, and no further one."""
+    _apart: threading.Event = field(default_factory=threading.Event)
 
     def ask(
         self,
@@ -137,7 +141,7 @@ class Post:
         deadline = began + timeout
         while waiting and time.monotonic() < deadline:
             ids |= self._send(waiting, deadline)
-            for reply in list(self.grid.pull_messages(list(ids))):
+            for reply in self._pulled(ids, waiting):
                 name = ids.pop(reply.metadata.reply_to_message_id, None)
                 if name is not None and name in waiting:
                     self._take(name, reply, waiting, check, answers)
@@ -150,6 +154,33 @@ class Post:
                 time.sleep(POLL_SECONDS)
         answers.failed.update({name: each.reason for name, each in waiting.items()})
         return answers
+
+    def _pulled(self, ids: dict[str, Name], waiting: Mapping[Name, _Waiting]) -> list[Message]:
+        """Return the answers that have come.
+
+        What a site sent may be no message at all. Flower raises over it, and forgets what it took
+        with it: that is asked again, and from then on each answer is fetched on its own.
+        """
+        if not self._apart.is_set():
+            try:
+                return list(self.grid.pull_messages(list(ids)))
+            except httpx.HTTPError:
+                raise
+            except Exception:
+                log.exception("an answer is no message")
+                self._apart.set()
+                for each in waiting.values():
+                    each.due = min(each.due, time.monotonic() + PAUSE_SECONDS)
+        return [reply for id_ in list(ids) for reply in self._one(id_, ids)]
+
+    def _one(self, id_: str, ids: dict[str, Name]) -> list[Message]:
+        try:
+            return list(self.grid.pull_messages([id_]))
+        except httpx.HTTPError:
+            raise
+        except Exception:
+            log.exception("%s: its answer is no message", ids.pop(id_))
+            return []
 
     def nodes(self) -> list[int]:
         """Return the nodes that are there."""
@@ -242,11 +273,12 @@ class Post:
     def _look(self, waiting: dict[Name, _Waiting], answers: Answers[Name, Checked]) -> None:
         now, there = time.monotonic(), self._started()
         for name, each in list(waiting.items()):
+            seen = self._seen.setdefault(each.asked.node, now)
             if each.asked.node in there:
-                each.seen = now
+                self._seen[each.asked.node] = now
                 if each.asked_at < there[each.asked.node] < time.time() - RESTARTED_SECONDS:
                     each.due = now
-            elif now - each.seen > AWAY_SECONDS:
+            elif now - seen > AWAY_SECONDS:
                 answers.failed[name] = f"away: {each.reason}"
                 del waiting[name]
 

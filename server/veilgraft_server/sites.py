@@ -175,18 +175,21 @@ class Sites:
             return set(), set()
         manifest = distribution.manifest(self.backbone, self.study.backbone.digest)
         sizes = {name: file["bytes"] for name, file in json.loads(manifest)["files"].items()}
-        sated = {n for n, s in lacking.items() if self._sent.get(s, 0) >= COPIES * _bytes(sizes)}
+        most = COPIES * _rest(dict.fromkeys(sizes, 0), sizes)
+        sated = {node for node, site in lacking.items() if self._sent.get(site, 0) >= most}
         for node in sated:
             log.warning("%s: was sent the backbone %d times; no more", lacking[node], COPIES)
         fair = sorted(lacking.keys() - sated, key=lambda node: self._sent.get(lacking[node], 0))
         sites = {node: lacking[node] for node in fair[:AT_ONCE]}
         offers = {node: self._offer(node, site, manifest) for node, site in sites.items()}
         first = self.post.ask(offers, _wanted(sizes), _left(until, GREETING_SECONDS)).valid
-        missing, last, sent = first, dict(first), 0
-        while any(missing.values()) and sent < windows and time.monotonic() < until:
+        missing, last = first, dict(first)
+        for _ in range(windows):
+            missing = {n: m for n, m in missing.items() if m and self._sent.get(sites[n], 0) < most}
+            if not missing or time.monotonic() > until:
+                break
             missing = self._window(sites, missing, sizes, _left(until, PART_SECONDS))
             last |= missing
-            sent += 1
         whole = {node for node, rest in last.items() if not rest}
         got_on = {n for n, rest in last.items() if _rest(rest, sizes) < _rest(first[n], sizes)}
         return whole, sated | (sites.keys() - whole - got_on)
@@ -210,7 +213,7 @@ class Sites:
         found = self.post.ask(parts, _wanted(sizes), seconds)
         for (node, _), reason in found.failed.items():
             log.warning("%s: backbone: %s", sites[node], reason)
-        left = {node: rest for node, rest in missing.items() if not rest}
+        left: dict[int, dict[str, int]] = {}
         # Parts may overtake one another: the answer to the last one taken lacks least.
         for (node, _), rest in found.valid.items():
             if node not in left or _rest(rest, sizes) < _rest(left[node], sizes):
@@ -272,10 +275,6 @@ def _wanted(sizes: Mapping[str, int]) -> Callable[[Reply, bytes], dict[str, int]
 def _rest(missing: Mapping[str, int], sizes: Mapping[str, int]) -> int:
     """Return how much is missing, in bytes; of an empty file, one."""
     return sum(max(1, sizes[name]) - offset for name, offset in missing.items())
-
-
-def _bytes(sizes: Mapping[str, int]) -> int:
-    return _rest(dict.fromkeys(sizes, 0), sizes)
 
 
 def _left(until: float, most: float) -> float:

@@ -1,5 +1,8 @@
 """What travels: exact bytes, and nothing unknown."""
 
+import json
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 
 from veilgraft import messages
 from veilgraft.errors import MessageError, Refusal
-from veilgraft.messages import Envelope, Refused, Release, Request
+from veilgraft.messages import Envelope, Hello, Here, Offer, Part, Refused, Release, Request, Wanted
 
 SHAPES: dict[str, tuple[int, ...]] = {"linear0.weight": (2, 3), "linear0.bias": (2,)}
 DIGEST = "sha256:" + "0" * 64
@@ -127,3 +130,119 @@ def test_a_foreign_record_is_a_message_error() -> None:
     ):
         with pytest.raises(MessageError):
             messages.from_record(record)
+
+
+SEAL: dict[str, Any] = {"key": DIGEST, "nonce": "0" * 32, "expires": 5}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Hello(study=DIGEST, run="r", **SEAL),
+        Hello(study=DIGEST, run="r", attempt=3, payload=DIGEST),
+        Request(site="a", study=DIGEST, run="r", round=1, head=DIGEST, rate=0.5, **SEAL),
+        Offer(site="a", study=DIGEST, run="r", payload=DIGEST, **SEAL),
+        Part(site="a", study=DIGEST, run="r", name="x.y", offset=0, payload=DIGEST, **SEAL),
+    ],
+)
+def test_a_question_is_told_by_its_kind_and_comes_back_as_it_went(asked: messages.Question) -> None:
+    data = asked.encode()
+    assert messages.decode_question(data) == asked
+    assert len(data) < messages.MAX_HEADER
+    with pytest.raises(MessageError):
+        messages.decode_answer(data)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Here(site="a", request=DIGEST, approved=False, backbone=False, isolation="reduced"),
+        Wanted(site="a", request=DIGEST, payload=DIGEST),
+        Release(site="a", request=DIGEST, payload=DIGEST),
+        Refused(site="a", request=DIGEST, code=Refusal.HEAD_INVALID),
+    ],
+)
+def test_an_answer_comes_back_as_it_went_and_is_no_question(answer: messages.Reply) -> None:
+    assert messages.decode_answer(answer.encode()) == answer
+    with pytest.raises(MessageError):
+        messages.decode_question(answer.encode())
+
+
+def test_a_release_without_kind_round_or_head_is_no_question() -> None:
+    for left_out in ("kind", "site", "round", "head", "study", "run"):
+        values = json.loads(request().encode())
+        del values[left_out]
+        with pytest.raises(MessageError, match=left_out):
+            messages.decode_question(json.dumps(values).encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        ("config.json", True),
+        ("model-00001-of-00002.safetensors", True),
+        ("", False),
+        (".", False),
+        ("..", False),
+        (".hidden", False),
+        ("a/b", False),
+        ("../x", False),
+        ("a\\b", False),
+        ("x\n", False),
+        ("x\0", False),
+        ("ä", False),
+        ("x" * 129, False),
+    ],
+)
+def test_a_part_is_of_a_plain_file(name: str, fits: bool) -> None:
+    part = Part(site="a", study=DIGEST, run="r", name="x", offset=0, payload=DIGEST)
+    data = json.dumps(json.loads(part.encode()) | {"name": name}).encode()
+    if fits:
+        assert messages.decode_question(data) == part.model_copy(update={"name": name})
+        return
+    with pytest.raises(MessageError, match="name"):
+        messages.decode_question(data)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"nonce": "0" * 31},
+        {"nonce": "0" * 33},
+        {"nonce": "A" * 32},
+        {"nonce": "0" * 32 + "\n"},
+        {"expires": 0},
+        {"expires": -1},
+        {"expires": 1.5},
+        {"expires": True},
+        {"key": "sha256:" + "A" * 64},
+        {"key": "0" * 64},
+        {"attempt": 0},
+        {"run": "a b"},
+        {"site": "a\n"},
+        {"offset": -1},
+        {"offset": 2.0},
+        {"seed": 1},
+    ],
+)
+def test_a_seal_that_is_not_exactly_of_its_form_is_refused(changes: dict[str, object]) -> None:
+    part = Part(site="a", study=DIGEST, run="r", name="x", offset=0, payload=DIGEST, **SEAL)
+    values = json.loads(part.encode()) | changes
+    with pytest.raises(MessageError):
+        messages.decode_question(json.dumps(values).encode())
+
+
+def test_what_is_said_of_a_bad_header_is_short_and_on_one_line() -> None:
+    bad = "\x1b[31m\n" + "x" * 3000
+    for values in ({"kind": bad}, {"kind": "release", bad: 1}, {"kind": "refusal", "code": bad}):
+        with pytest.raises(MessageError) as told:
+            messages.decode_answer(json.dumps(values).encode())
+        text = str(told.value)
+        assert len(text) < 4 * messages.MAX_TOLD
+        assert text.isprintable()
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_any_bytes_are_a_question_or_a_message_error(data: bytes) -> None:
+    with pytest.raises(MessageError):
+        messages.decode_question(data)

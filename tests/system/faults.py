@@ -1,4 +1,7 @@
-"""Points of a round, and what can be done to a federation there, for the fault table."""
+"""Points of a round, and what can be done to a federation there, for the fault table.
+
+The drill writes `runs/faults.json`; `python -m tests.system.faults` makes the README's table of it.
+"""
 
 import json
 import os
@@ -20,6 +23,7 @@ from veilgraft_deploy.processes import Process, kill, members, send
 Step = Callable[[Federation], object]
 """Waits for a point of a round, or does something to a federation."""
 
+FOUND = Path("runs") / "faults.json"
 MOMENT_SECONDS = 120.0
 NOBODY = "\0"
 
@@ -258,3 +262,22 @@ def left(federation: Federation) -> list[str]:
             if ours and command and int(entry.name) != os.getpid():
                 found.append(command)
     return found
+
+
+def record(what: str, at: str, seconds: float) -> None:
+    """Write down how long it took to recover from a fault, beyond what a round takes anyhow."""
+    found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
+    found[f"{what} | {at}"] = round(max(0.0, seconds), 1)
+    FOUND.parent.mkdir(exist_ok=True)
+    FOUND.write_text(json.dumps(found, indent=1))
+
+
+def table() -> str:
+    """Return what was recorded, in Markdown."""
+    found: dict[str, float] = json.loads(FOUND.read_text())
+    lines = [f"| {what} | {seconds:.0f} s |" for what, seconds in found.items()]
+    return "\n".join(["| fault | when | to recover |", "|---|---|---:|", *lines])
+
+
+if __name__ == "__main__":
+    print(table())

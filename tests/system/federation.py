@@ -8,7 +8,6 @@ All goes through the command line. Parts have names: `coordinator` (its supervis
 two), `a/supernode`, `a/executor`.
 """
 
-import io
 import json
 import os
 import signal
@@ -21,13 +20,11 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+import yaml
 from tests.system import hosts
-from tests.system.command import veilgraft, written
+from tests.system.command import DEMO, veilgraft
+from tests.system.digits import UNITS, Rows, rows_of, write_digits
 
 from veilgraft.events import EventLog, Note
 from veilgraft_deploy.coordinator import history
@@ -38,11 +35,11 @@ from veilgraft_server.folder import Folder
 
 VEILGRAFT = Path(sys.executable).with_name("veilgraft")
 SITES = ("a", "b", "c")
-UNITS = 150
-PUBLIC_ROWS = 200
+TIMEOUT = 180.0
+"""Seconds for which a round is waited for."""
 PORT = 9443
 STOP_SECONDS = 60.0
-UP_SECONDS = 90.0
+UP_SECONDS = 180.0
 TAIL = 3000
 """Characters of each log that a failure shows."""
 
@@ -73,15 +70,15 @@ class Federation:
         namespaces: bool = True,
         sections: Mapping[str, dict[str, Any]] | None = None,
         join: Sequence[str] = (),
-        rows: Mapping[str, npt.NDArray[np.int64]] | None = None,
+        rows: Mapping[str, Rows] | None = None,
         up: bool = True,
     ) -> None:
         hosts.skip_loudly(hosts.missing(namespaces))
         self.sites = tuple(sites)
         self.public, self.seed, self.join_flags = public, seed, tuple(join)
         self._namespaces, self._up = namespaces, up
-        self._sections = {"training": {"rounds": rounds}, **(sections or {})}
-        self._sections["training"] = {"rounds": rounds, **self._sections["training"]}
+        self._sections = dict(sections or {})
+        self._sections["training"] = {"rounds": rounds, **self._sections.get("training", {})}
         self._rows = dict(rows or {})
         self._stack = ExitStack()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -130,44 +127,31 @@ class Federation:
     @property
     def study(self) -> Path:
         """The study's file."""
-        return self.folder / "study" / "study.yaml"
+        return self.folder / "study.yaml"
 
     def _make(self) -> None:
         split = rows_of(self.sites) | self._rows
         (self.folder / "data").mkdir()
         for name in ("public", *self.sites):
             write_digits(self.data(name), split[name])
-        evaluation = {"data": {"path": str(self.data("public"))}, "data_is_public": True}
-        files = [{"path": str(self.data(name))} for name in self.sites]
+        values = yaml.safe_load((DEMO / "study.yaml").read_text())
+        values["backbone"]["path"] = str(DEMO / "backbone")
         sections: dict[str, dict[str, Any]] = {
-            "evaluation": evaluation,
-            "aggregation": {"quorum": len(self.sites), "timeout": 60},
+            "evaluation": {"data": {"path": str(self.data("public"))}, "data_is_public": True},
+            "aggregation": {"quorum": len(self.sites), "timeout": TIMEOUT},
             **self._sections,
         }
-        simulation = {"data": files, "data_is_public": True, "sites": len(files), "holdout": None}
-        sections["simulation"] = simulation
-        values = written(self.study.parent, **sections)
-        self._without_none(values)
-
-    @staticmethod
-    def _without_none(study: Path) -> None:
-        import yaml
-
-        values = yaml.safe_load(study.read_text())
-        drop = ("holdout", "sites", "partition", "grid")
-        values["simulation"] = {k: v for k, v in values["simulation"].items() if k not in drop}
-        study.write_text(yaml.safe_dump(values))
+        for name, changes in sections.items():
+            values[name] = {**values.get(name, {}), **changes}
+        files = [{"path": str(self.data(name))} for name in self.sites]
+        values["simulation"] = {"data": files, "data_is_public": True}
+        self.study.write_text(yaml.safe_dump(values))
 
     # The life of the parts.
 
     def up(self) -> None:
         """Make the coordinator, start it, let all sites join, and start them."""
-        self.init()
-        self.start("coordinator")
-        self.wait_until_up("coordinator")
-        self.join(*self.sites)
-        for name in self.sites:
-            self.start(name)
+        bring_up(self)
 
     def init(self) -> dict[str, Any]:
         """Make the coordinator's folder; return what it says."""
@@ -179,8 +163,17 @@ class Federation:
 
     def join(self, *names: str, invitations: Mapping[str, Path] | None = None) -> None:
         """Let sites join, all at once."""
-        started = {name: self._join(name, (invitations or {}).get(name)) for name in names}
-        for name, process in started.items():
+        self.joined(self.joining(*names, invitations=invitations))
+
+    def joining(
+        self, *names: str, invitations: Mapping[str, Path] | None = None
+    ) -> "dict[str, subprocess.Popen[bytes]]":
+        """Start to let sites join; hand the result to `joined`."""
+        return {name: self._join(name, (invitations or {}).get(name)) for name in names}
+
+    def joined(self, processes: "Mapping[str, subprocess.Popen[bytes]]") -> None:
+        """Wait until sites have joined."""
+        for name, process in processes.items():
             code = process.wait(UP_SECONDS)
             assert code == 0, f"{name}: join ended with {code}\n{self.logs(f'join-{name}')}"
 
@@ -190,7 +183,9 @@ class Federation:
         flags += ["--seed", str(self.seed)] if self.seed is not None else []
         invitation = invitation or self.coordinator.invitation(name)
         command = ["site", "join", invitation, "--data", self.data(name)]
-        return self._popen(name, f"join-{name}", *command, "--dir", self.site(name).path, *flags)
+        return self.program(
+            name, f"join-{name}", VEILGRAFT, *command, "--dir", self.site(name).path, *flags
+        )
 
     def _units(self, name: str) -> int:
         return pq.read_metadata(self.data(name)).num_rows if self.public else UNITS
@@ -203,7 +198,7 @@ class Federation:
             if name == "coordinator"
             else ["site", "start", "--dir", self.site(name).path]
         )
-        self._running[name] = self._popen(name, name, *command)
+        self._running[name] = self.program(name, name, VEILGRAFT, *command)
 
     def wait_until_up(self, *names: str) -> None:
         """Wait until a coordinator's or a site's parts all run."""
@@ -306,7 +301,7 @@ class Federation:
                     found += log.entries()
         return found
 
-    def run(self, host: str, *arguments: object, seconds: float = 60) -> dict[str, Any]:
+    def run(self, host: str, *arguments: object, seconds: float = UP_SECONDS) -> dict[str, Any]:
         """Run a `veilgraft … --json` on a host; return what it prints."""
         done = self.tool(host, VEILGRAFT, *arguments, seconds=seconds)
         assert done.returncode == 0, f"{arguments}: {done.returncode}\n{done.stderr}"
@@ -314,7 +309,7 @@ class Federation:
         return found
 
     def tool(
-        self, host: str, *arguments: object, seconds: float = 60
+        self, host: str, *arguments: object, seconds: float = UP_SECONDS
     ) -> "subprocess.CompletedProcess[str]":
         """Run a program on a host."""
         command = self.hosts[host].command(*arguments)
@@ -326,17 +321,21 @@ class Federation:
         """Return the ends of the logs: of commands that were given, and of all parts."""
         paths = [self.folder / "logs" / f"{name}.log" for name in names]
         if not names:
-            found = [self.folder.glob(pattern) for pattern in ("logs/*.log", "*/logs/*.log")]
-            found += [self.folder.glob("*/courier/work/*.log"), self.folder.glob("*/state/*.log")]
-            paths = sorted(path for each in found for path in each)
-        return "\n".join(f"--- {path.relative_to(self.folder)}\n{_tail(path)}" for path in paths)
+            patterns = ("logs/*.log", "*/logs/*.log", "*/courier/work/*.log", "*/state/*.log")
+            found = sorted(path for each in patterns for path in self.folder.glob(each))
+            paths = [path for path in found if not path.name.startswith("join-")]
+        said = [(path.relative_to(self.folder), _tail(path)) for path in paths]
+        return "\n".join(f"--- {path}\n{text}" for path, text in said if text)
 
-    def _popen(self, host: str, log: str, *arguments: object) -> "subprocess.Popen[bytes]":
-        command = self.hosts[host].command(VEILGRAFT, *arguments)
+    def program(self, host: str, log: str, *arguments: object) -> "subprocess.Popen[bytes]":
+        """Start a program on a host, whose words go to `logs/LOG.log`; it is ended with the rest.
+
+        The kernel kills it with the thread that calls this: start nothing from one that ends.
+        """
         with (self.folder / "logs" / f"{log}.log").open("ab") as output:
             return self._kept(
                 subprocess.Popen(
-                    command,
+                    self.hosts[host].command(*arguments),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -367,6 +366,20 @@ class Federation:
         return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
 
 
+def bring_up(*federations: Federation) -> None:
+    """Bring federations up side by side: most of the time of one is waiting."""
+    for each in federations:
+        each.init()
+        each.start("coordinator")
+    for each in federations:
+        each.wait_until_up("coordinator")
+    joining = [each.joining(*each.sites) for each in federations]
+    for each, processes in zip(federations, joining, strict=True):
+        each.joined(processes)
+        for site in each.sites:
+            each.start(site)
+
+
 def _child(pid_file: Path, name: str) -> Process | None:
     """Return who a supervisor's child is, whichever user's the supervisor is."""
     with suppress(OSError, ValueError):
@@ -375,32 +388,6 @@ def _child(pid_file: Path, name: str) -> Process | None:
         found = Process(*facts["children"].get(name, (0, 0)))
         return found if alive(found) else None
     return None
-
-
-def rows_of(sites: Sequence[str]) -> dict[str, npt.NDArray[np.int64]]:
-    """Return which of the digits each site has, and which are `public`."""
-    order = np.random.default_rng(0).permutation(1797)
-    names = ("public", *sites)
-    sizes = [PUBLIC_ROWS, *(UNITS for _ in sites)]
-    parts = np.split(order, np.cumsum(sizes))[: len(names)]
-    return {name: part.astype(np.int64) for name, part in zip(names, parts, strict=True)}
-
-
-def write_digits(path: Path, rows: npt.NDArray[np.int64]) -> None:
-    """Write some of scikit-learn's digits to a file that its owner alone may read."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = [_png(digits.images[row]) for row in rows]
-    labels = [str(digits.target[row]) for row in rows]
-    pq.write_table(pa.table({"image": images, "label": labels}), path)
-    path.chmod(0o600)
-
-
-def _png(image: npt.NDArray[np.float64]) -> bytes:
-    data = io.BytesIO()
-    Image.fromarray((image * 15.9).astype("uint8")).save(data, "PNG")
-    return data.getvalue()
 
 
 def _environment() -> dict[str, str]:

@@ -37,7 +37,8 @@ from veilgraft_client.separation import courier_command
 from veilgraft_deploy.provision import Bundle
 from veilgraft_server.registry import Registry
 
-PATIENCE = 60.0
+PATIENCE = 150.0
+"""Seconds; a machine under load starts a site slowly."""
 
 THIEF = """
 import base64, json, os, socket, sys
@@ -106,9 +107,7 @@ if __name__ == "__main__":
     print(json.dumps(steal()))
 else:
     post(steal())
-    from flwr.clientapp import ClientApp
-
-    app = ClientApp()
+    app = None
 """
 
 
@@ -188,11 +187,17 @@ def as_courier(federation: Federation, site: str, *arguments: object) -> str:
 
 def stolen(federation: Federation, site: str, config: Mapping[str, Any]) -> dict[str, str]:
     """Run the thief as the courier's user; return what each try gave."""
-    script = federation.folder / f"thief-{secrets.token_hex(4)}.py"
-    script.write_text(thief(config))
-    script.chmod(0o644)
+    script = written(federation, thief(config))
     found: dict[str, str] = json.loads(as_courier(federation, site, script))
     return found
+
+
+def written(federation: Federation, program: str) -> Path:
+    """Return a file with a program that every user may read."""
+    script = federation.folder / f"script-{secrets.token_hex(4)}.py"
+    script.write_text(program)
+    script.chmod(0o644)
+    return script
 
 
 def hello(federation: Federation) -> Hello:
@@ -268,6 +273,7 @@ class HostileSuperLink:
             warnings.simplefilter("ignore", DeprecationWarning)
             self._state = factory.state()
         self._federation = federation
+        self._task = 0
 
     def node(self, site: str) -> int:
         """Return the node id of a site that has enrolled."""
@@ -301,12 +307,13 @@ class HostileSuperLink:
             stored, missing = self._state.store_message_and_object_tree(message, tree, session)
             if stored:
                 break
+            self._state.acknowledge_task_heartbeat(self._task)
             assert time.monotonic() < end, "the node did not come"
             time.sleep(0.2)
         for name, each in get_all_nested_objects(message).items():
             if name in missing:
                 assert self._state.store_object(run, session, name, each.deflate())
-        return Pushed(self._state, run, message.object_id)
+        return Pushed(self._state, run, self._task, message.object_id)
 
     def _run(self, made: Bundle, fab_id: str, version: str, kind: str) -> int:
         for _ in range(20):
@@ -318,6 +325,7 @@ class HostileSuperLink:
             if self._state.claim_task(task) and self._state.activate_task(task):
                 TaskIdentity.task_id, TaskIdentity.run_id = task, run
                 TaskIdentity.node_id = SUPERLINK_NODE_ID
+                self._task = task
                 return run
         raise AssertionError("no run was to be had")
 
@@ -328,6 +336,7 @@ class Pushed:
 
     state: Any
     run: int
+    task: int
     message: str
 
     def reply(self, seconds: float = PATIENCE) -> Message | None:
@@ -337,14 +346,15 @@ class Pushed:
             if found := self.state.get_message_res({self.message}, self.run):
                 reply: Message = found[0]
                 return reply
+            self.state.acknowledge_task_heartbeat(self.task)
             time.sleep(0.2)
         return None
 
 
-def spent(federation: Federation, site: str) -> str:
-    """Return the head of a site's ledger, which any entry changes."""
+def spent(federation: Federation, site: str) -> tuple[str, int]:
+    """Return the head of a site's ledger, which any entry changes, and what was paid for."""
     with closing(Ledger(federation.site(site).state / "ledger.db")) as ledger:
-        return ledger.head()
+        return ledger.head(), len(ledger.events(site))
 
 
 def without_word(reply: Message, secret: Sequence[str]) -> bool:

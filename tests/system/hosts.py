@@ -5,16 +5,17 @@ found, ended and removed by the next one. Needs root and Linux; `missing` says w
 """
 
 import importlib.util
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ STRANGER = 64299
 """A user that owns nothing, to see what anybody can."""
 
 
+@lru_cache
 def missing(namespaces: bool = True) -> str:
     """Return why hosts can't be had on this machine; empty where they can."""
     if os.geteuid() != 0:
@@ -81,27 +83,31 @@ class Host:
 def network(names: Sequence[str], folder: Path, namespaces: bool = True) -> Iterator[list[Host]]:
     """Give hosts that reach each other and nothing else; without `namespaces`, all on loopback.
 
-    On the way out, whatever still runs in them is killed, and they are removed.
+    On the way out, whatever still runs in them is killed, and they are removed. A process's second
+    network, beside its first, has a number in its names.
     """
     tidy()
     world = tuple(_world(folder))
     if not namespaces:
         yield [Host(name, "127.0.0.1", None, world) for name in names]
         return
-    made = {name: own(name) for name in names}
+    tags = (f"{number}-" if number else "" for number in itertools.count())
+    tag = next(each for each in tags if not (NAMESPACES / own(f"{each}switch")).exists())
+    made = {name: own(f"{tag}{name}") for name in names}
+    switch = own(f"{tag}switch")
     try:
-        _cable([*made.values()])
+        _cable(switch, [*made.values()])
         yield [
             Host(name, f"{SUBNET}.{number}", NAMESPACES / namespace, world)
             for number, (name, namespace) in enumerate(made.items(), start=1)
         ]
     finally:
-        for namespace in [*made.values(), own("switch")]:
+        for namespace in [*made.values(), switch]:
             remove(namespace)
 
 
 def own(name: str) -> str:
-    """Return a namespace's full name."""
+    """Return `name` as one of this process's own."""
     return "-".join([PREFIX, *map(str, identity(os.getpid())), name])
 
 
@@ -138,30 +144,15 @@ def _owned(name: str) -> bool:
     return True
 
 
-def _cable(namespaces: Sequence[str]) -> None:
-    from pyroute2 import NetNS, netns
-
-    switch = own("switch")
-    # It forks a helper for each, which does not close what it inherited.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in (switch, *namespaces):
-            netns.create(name)
-        with NetNS(switch) as middle:
-            middle.link("add", ifname="switch", kind="bridge")
-            bridge = middle.link_lookup(ifname="switch")[0]
-            middle.link("set", index=bridge, state="up")
-            for number, name in enumerate(namespaces):
-                far = {"ifname": "eth0", "net_ns_fd": name}
-                middle.link("add", ifname=f"port{number}", kind="veth", peer=far)
-                port = middle.link_lookup(ifname=f"port{number}")[0]
-                middle.link("set", index=port, master=bridge, state="up")
-        for number, name in enumerate(namespaces, start=1):
-            with NetNS(name) as host:
-                eth0, lo = (host.link_lookup(ifname=each)[0] for each in ("eth0", "lo"))
-                host.addr("add", index=eth0, address=f"{SUBNET}.{number}", prefixlen=24)
-                for index in (eth0, lo):
-                    host.link("set", index=index, state="up")
+def _cable(switch: str, namespaces: Sequence[str]) -> None:
+    script = Path(__file__).with_name("cable.py")
+    done = subprocess.run(
+        [sys.executable, script, SUBNET, switch, *namespaces],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def remove(namespace: str) -> None:

@@ -4,13 +4,12 @@ Rows share a federation: each does its harm, and waits for the next round that c
 are its quorum, so that a round which one of them lost ends the run. At the end the head is that of
 a simulation, which nothing befell, and every ledger has paid for every round once.
 
-The drill writes `runs/faults.json`, and prints the README's table.
+The drill writes down how long each took.
 """
 
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tests.system import faults
-from tests.system.command import veilgraft
+from tests.system.command import DEMO, veilgraft
 from tests.system.faults import Step
 from tests.system.federation import Federation
 
@@ -28,7 +27,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 SEED = 7
-FOUND = Path("runs") / "faults.json"
 ROUNDS_A_ROW = 2
 TRAINING = {
     "algorithm": "dp-sgd",
@@ -106,21 +104,20 @@ class Shared:
     rows: int
     federation: Federation | None = None
     normal: float = 0.0
-    times: dict[str, float] = field(default_factory=dict)
 
     def get(self) -> Federation:
         if self.federation is None:
-            rounds = 3 + ROUNDS_A_ROW * self.rows
-            self.federation = running(rounds, ("a", "b"))
-            faults.between_rounds(self.federation)
-            faults.between_rounds(self.federation)
-            self.normal = median(each.seconds for each in self.federation.rounds())
+            made = running(3 + ROUNDS_A_ROW * self.rows, ("a", "b"))
+            self.federation = made
+            made.wait_for(lambda: len(made.rounds()) > 1, 240, "two rounds")
+            self.normal = median(each.seconds for each in made.rounds())
         return self.federation
 
     def close(self) -> None:
-        if self.federation is not None:
-            self.federation, ended = None, self.federation
-            ended.__exit__(None, None, None)
+        ended = self.federation
+        self.federation = None
+        if ended is not None:
+            ended.__exit__(None)
 
 
 def running(rounds: int, sites: tuple[str, ...], **aggregation: Any) -> Federation:
@@ -132,6 +129,7 @@ def running(rounds: int, sites: tuple[str, ...], **aggregation: Any) -> Federati
         public=True,
         seed=SEED,
         sections={"training": TRAINING, "aggregation": given},
+        join=("--backbone", str(DEMO / "backbone")),
     ).__enter__()
 
 
@@ -141,17 +139,6 @@ def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
     found = Shared(len(chosen))
     yield found
     found.close()
-    if len(found.times) > 3:
-        write(found)
-
-
-def write(found: Shared) -> None:
-    FOUND.parent.mkdir(exist_ok=True)
-    before = json.loads(FOUND.read_text()) if FOUND.exists() else {}
-    FOUND.write_text(json.dumps(before | found.times, indent=1))
-    print("\n| fault | point of the round | seconds to recover |\n|---|---|---:|")
-    for name, seconds in found.times.items():
-        print(f"| {name.replace(': ', ' | ')} | {seconds:.0f} |")
 
 
 def marked(row: Row) -> Any:
@@ -175,7 +162,8 @@ def recovers(row: Row, federation: Federation, shared: Shared) -> None:
     done, began = len(federation.rounds()), time.monotonic()
     row.fault(federation)
     federation.wait_for(lambda: len(federation.rounds()) > done, row.bound, row.name)
-    shared.times[row.name] = max(0.0, time.monotonic() - began - shared.normal)
+    if row.drill:
+        faults.record(row.what, row.at, time.monotonic() - began - shared.normal)
     allowed = {site: row.retries if site == "a" else 0 for site in federation.sites}
     nobody_lost(federation)
     paid_once(federation, {site: before[site] + allowed[site] for site in before})

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from tests.system import hosts
 from tests.system.command import DEMO
-from tests.system.federation import STOP_SECONDS, VEILGRAFT, rows_of, write_digits
+from tests.system.digits import rows_of, write_digits
+from tests.system.federation import STOP_SECONDS, VEILGRAFT
 
 PAGE = (Path(__file__).parents[2] / "docs" / "federation.md").read_text(encoding="utf-8")
 SECONDS = 150
