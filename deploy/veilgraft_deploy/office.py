@@ -4,10 +4,13 @@ Records are read, and features made, in this process alone; where it serves, it 
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import signal
 import threading
+import time
+from contextlib import ExitStack
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +19,7 @@ from typing import Any, Self
 import torch
 
 from veilgraft import logs
-from veilgraft.errors import Refusal, RefusedError, VeilgraftError
+from veilgraft.errors import InputError, Refusal, RefusedError, VeilgraftError
 from veilgraft.events import EventLog
 from veilgraft.identity import SigningKey, passphrase
 from veilgraft.model.backbone import FrozenBackbone
@@ -38,31 +41,51 @@ from veilgraft_deploy.place import Place
 log = logging.getLogger(__name__)
 
 ORDER_SECONDS = 600.0
+BUSY_SECONDS = 60.0
+"""How long the folder is waited for where another process has it."""
+
+PAUSE_SECONDS = 0.2
+
+
+class BusyError(InputError):
+    """Another process is at the folder; one at a time, so that none acts on old facts."""
 
 
 class Office:
     """All that a site's folder holds, opened; a context manager.
 
+    Args:
+        wait_seconds: for another process to be done.
+
     Raises:
+        BusyError: another process is at it.
         InputError, ChainError: file and reason.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, wait_seconds: float = 0.0) -> None:
         self.place = place
         self.site = site = place.site
-        self.ledger = Ledger(site.state / "ledger.db")
-        self.events = EventLog(place.events)
-        self.studies = Studies(site.state)
-        self.bundles = Bundles(site.state / "backbones", site.limits.max_backbone_bytes)
-        self.vault = Vault(site, self.ledger, self._cohort, seed=site.seed)
-        self.metrics = Metrics(site, self.ledger)
-        self.separations: tuple[Separation, ...] = ()
+        with ExitStack() as opened:
+            opened.callback(os.close, _alone(place, wait_seconds))
+            self.ledger = Ledger(site.state / "ledger.db")
+            opened.callback(self.ledger.close)
+            self.events = EventLog(place.events)
+            opened.callback(self.events.close)
+            self.studies = Studies(site.state)
+            self.bundles = Bundles(site.state / "backbones", site.limits.max_backbone_bytes)
+            self.vault = Vault(site, self.ledger, self._cohort, seed=site.seed)
+            self.metrics = Metrics(site, self.ledger)
+            self.separations: tuple[Separation, ...] = ()
+            self._opened = lru_cache(maxsize=1)(self._open)
+            self._serve_approved()
+            self._held = opened.pop_all()
+
+    def _serve_approved(self) -> None:
         for study in self.studies.approved().values():
             try:
                 self.vault.approve(study)
             except RefusedError as refusal:
                 log.warning("%s: no longer served: %s", study.digest, refusal.detail)
-        self._opened = lru_cache(maxsize=1)(self._open)
 
     def __enter__(self) -> Self:
         return self
@@ -73,8 +96,7 @@ class Office:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.ledger.close()
-        self.events.close()
+        self._held.close()
 
     @cached_property
     def desk(self) -> Desk:
@@ -134,6 +156,23 @@ class Office:
         }
 
 
+def _alone(place: Place, wait_seconds: float) -> int:
+    """Return a descriptor that holds the office until it is closed, or its process ends."""
+    path = place.state / "office.lock"
+    held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    end = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                os.close(held)
+                raise BusyError(f"{place.path}: another command, or the vault, has it") from None
+            time.sleep(PAUSE_SECONDS)
+        else:
+            return held
+
+
 def serve(place: Place) -> None:
     """Serve a site's vault until SIGTERM.
 
@@ -145,7 +184,7 @@ def serve(place: Place) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     logs.configure(place.site.state / "vault.log")
-    with Office(place) as office:
+    with Office(place, BUSY_SECONDS) as office:
         office.separations = separations(place)
         require_apart(place, office.separations)
         courier = place.courier_user
@@ -200,10 +239,18 @@ def require_apart(place: Place, found: tuple[Separation, ...]) -> None:
 
 def order(place: Place, verb: str, argument: str = "") -> dict[str, Any]:
     """Have an order carried out: by the vault that runs, or here where none does."""
-    if runs(place):
-        return DeskClient(place.desk, ORDER_SECONDS).do(verb, argument)
-    with place.as_owner(), Office(place) as office:
-        return office.desk.do(verb, argument)
+    end = time.monotonic() + BUSY_SECONDS
+    while True:
+        if runs(place):
+            return DeskClient(place.desk, ORDER_SECONDS).do(verb, argument)
+        try:
+            with place.as_owner(), Office(place) as office:
+                return office.desk.do(verb, argument)
+        except BusyError:
+            # A vault that is starting will answer soon.
+            if time.monotonic() > end:
+                raise
+            time.sleep(PAUSE_SECONDS)
 
 
 def runs(place: Place) -> bool:
