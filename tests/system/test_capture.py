@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 TAPS = Path(__file__).parent
 SITES = ("a", "b")
 WIRETAP = 9444
+ENDS = "/v1/fleet/deactivate-node"
 END_SECONDS = 300.0
 ROUNDS = 1
 LABELS, MEASURES = 10, 3
@@ -160,7 +161,9 @@ def test_nothing_tells_how_long_an_answer_took_to_compute(captured: Captured) ->
 def test_one_record_more_or_less_changes_no_field_and_no_size(captured: Captured) -> None:
     requests, answers = defaultdict(set), defaultdict(set)
     for name in SITES:
-        requests[name] = {capture.shape(call) for call in captured.calls[name]}
+        # Whether a SuperNode that ends can still say so depends on who ends first.
+        running = [call for call in captured.calls[name] if call.path != ENDS]
+        requests[name] = {capture.shape(call) for call in running}
         answers[name] = {
             (type(reply).__name__, len(each.header), len(each.payload), len(each.signature))
             for reply, each in captured.replies[name]
