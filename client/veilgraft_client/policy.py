@@ -14,6 +14,10 @@ from veilgraft.messages import Request
 from veilgraft.plan import Plan
 from veilgraft.study import MAX_UNITS, RECORD, DataSource, Digest, Name, Study
 
+LARGEST = 1e4
+"""Of a feature and of a head's number; what is larger is a mistake or an attack. A unit that holds
+more counts for nothing, a head that does is refused."""
+
 
 class Limits(Config):
     """What the site allows at most, over the whole life of its data.

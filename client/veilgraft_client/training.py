@@ -34,6 +34,7 @@ from veilgraft.model.tasks import TaskType, unit_losses
 from veilgraft.privacy import mechanism
 from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
+from veilgraft_client.policy import LARGEST
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +46,6 @@ PHYSICAL_NUMBERS = 2**20
 
 PARTIAL_UNITS = 1024
 """Units in a partial sum before it is added to the total; privacy: see `PrivateOptimizer`."""
-
-LARGEST = 1e4
-"""Of a feature and of a head's number; what is larger is a mistake or an attack. A unit that holds
-more counts for nothing, a head that does is refused."""
 
 
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]

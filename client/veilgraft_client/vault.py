@@ -8,6 +8,7 @@ reason goes to the site's own log.
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,8 +22,10 @@ from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
 from veilgraft_client import evaluation, policy
 from veilgraft_client.ledger import Key, Ledger, Terms
-from veilgraft_client.policy import Site
-from veilgraft_client.training import LARGEST, Trainer
+from veilgraft_client.policy import LARGEST, Site
+
+if TYPE_CHECKING:
+    from veilgraft_client.training import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +143,9 @@ class Vault:
         if study.digest not in self._cohorts:
             self._cohorts[study.digest] = self._cohort(study)
         if study.digest not in self._trainers:
+            # Not at the top: Opacus takes two seconds, which orders that train nothing need not.
+            from veilgraft_client.training import Trainer
+
             self._trainers[study.digest] = Trainer(
                 study,
                 self._cohorts[study.digest].training,

@@ -20,6 +20,7 @@ from veilgraft.privacy import mechanism
 from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
 from veilgraft_client import training
+from veilgraft_client.policy import LARGEST
 from veilgraft_client.training import PrivateOptimizer, Trainer
 
 DIM, LABELS, SIGMA, CLIP = 4, 3, 5.0, 0.25
@@ -479,11 +480,11 @@ def cancelling(
     contract = study(head={"type": "mlp", "hidden": hidden}, labels=labels)
     head = zeros(contract, dim)
     first, *others = (name for name in head if name.endswith("weight"))
-    columns = draw(-training.LARGEST, training.LARGEST, (len(head[first]), half))
+    columns = draw(-LARGEST, LARGEST, (len(head[first]), half))
     head[first] = np.concatenate([columns, -columns[:, order]], 1)
     for name in others:
-        head[name] = generator.choice([-training.LARGEST, training.LARGEST], head[name].shape)
-    values = draw(-training.LARGEST, training.LARGEST, (count, half))
+        head[name] = generator.choice([-LARGEST, LARGEST], head[name].shape)
+    values = draw(-LARGEST, LARGEST, (count, half))
     values = np.concatenate([values, values[:, order]], 1)
     return units(
         values.astype(np.float32), torch.from_numpy(generator.integers(0, labels, count))
@@ -511,8 +512,8 @@ def test_one_unit_does_not_move_anothers_gradient_through_a_linear_head_made_to_
     The last feature tells the other unit's outputs and leaves the rounding as it is.
     """
     contract, half, generator = study(), 1023, np.random.default_rng(0)
-    value = training.LARGEST * (1 - 1e-3 * generator.random())
-    weights = training.LARGEST * generator.uniform(0.9, 1, (LABELS, 1)) * np.ones(half)
+    value = LARGEST * (1 - 1e-3 * generator.random())
+    weights = LARGEST * generator.uniform(0.9, 1, (LABELS, 1)) * np.ones(half)
     tilt = np.array([[0.0], [1e3], [0.0]])
     values = np.full((2, 2 * half + 1), value, np.float32)
     values[:, -1] = 0, 1
@@ -558,7 +559,7 @@ def test_gradients_in_memory_at_once_are_bounded(
         assert len(batch) == 1 or batch.numel() * instances <= 1000
 
 
-@pytest.mark.parametrize("value", [1.001 * training.LARGEST, 1e30, math.inf, math.nan])
+@pytest.mark.parametrize("value", [1.001 * LARGEST, 1e30, math.inf, math.nan])
 def test_a_unit_with_a_number_too_large_counts_for_nothing_and_the_site_is_told(
     steps: list[Step], value: float, caplog: pytest.LogCaptureFixture
 ) -> None:
