@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/veilgraft demo --out runs/demo --overwrite
 
 test: $(STAMP)
-	$(BIN)/pytest -m "not drill"
+	$(BIN)/pytest -m "not drill" -n 2 --dist loadfile
 
 drill: $(STAMP)
 	$(BIN)/pytest -m drill

@@ -63,7 +63,7 @@ class Owner:
     @classmethod
     def of(cls, folder: Path) -> "Owner":
         """Return the owner of a folder, with the groups that the machine's accounts give them."""
-        info = folder.stat()
+        info = folder.lstat()
         try:
             account = pwd.getpwuid(info.st_uid)
         except KeyError:

@@ -1,8 +1,16 @@
-"""Making what is written to disk survive a crash, or a loss of power."""
+"""Files that survive a crash, or a loss of power, and that nobody's links lead astray."""
 
 import contextlib
 import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from veilgraft.errors import InputError
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def sync_folder(folder: Path) -> None:
@@ -15,10 +23,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, meets the old content or the new, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file so that a reader, or a crash, meets the old content or the new, whole.
+
+    Its mode is what the umask leaves. Whoever else may write to the folder can't have another
+    file written in its place.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        with temporary.open("wb") as file:
+        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -27,3 +40,50 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+@contextmanager
+def opened_folder(folder: Path) -> Iterator[int]:
+    """Give a descriptor of a folder to which no link leads on the way.
+
+    Raises:
+        InputError: there is a link, or no folder.
+    """
+    handle = os.open("/", _FOLDER)
+    try:
+        for part in folder.parts[1:]:
+            try:
+                inner = os.open(part, _FOLDER, dir_fd=handle)
+            except OSError as error:
+                raise InputError(
+                    f"{folder}: expected a folder, and no link on the way to it, at {part}: "
+                    f"{error.strerror}"
+                ) from None
+            os.close(handle)
+            handle = inner
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def give(path: Path, uid: int, gid: int, mode: int) -> None:
+    """Set whose a file or folder is, never those of what a link on the way points to.
+
+    Raises:
+        InputError: there is a link on the way, or the file has a second name.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with opened_folder(path.parent) as folder:
+        try:
+            handle = os.open(path.name, flags, dir_fd=folder)
+        except OSError as error:
+            raise InputError(f"{path}: expected no link: {error.strerror}") from None
+        try:
+            found = os.fstat(handle)
+            if not stat.S_ISDIR(found.st_mode) and found.st_nlink != 1:
+                raise InputError(f"{path}: expected a plain file with one name")
+            os.fchown(handle, uid, gid)
+            # After the change of owner, which takes set-id bits away.
+            os.fchmod(handle, mode)
+        finally:
+            os.close(handle)

@@ -229,7 +229,8 @@ def _service(
     return Service(
         name=part,
         command=[*(become(user) if user else ()), *command],
-        env={"HOME": str(place.flower), **env},
+        # Nothing that another user could write is a home, or is imported.
+        env={"HOME": "/nonexistent", "PYTHONNOUSERSITE": "1", **env},
         log=place.logs / f"{part}.log",
         ready=ready,
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from veilgraft.durable import sync_folder, write_atomically
+from veilgraft.durable import give, sync_folder, write_atomically
 from veilgraft.errors import InputError
 from veilgraft.events import EventLog, Kind
 from veilgraft.identity import PublicKey, SigningKey
@@ -98,8 +98,28 @@ def invite(folder: Path, site: str) -> dict[str, Any]:
         raise InputError(f"{site}: aggregation.weights does not name this site")
     with _members(place) as registry:
         made = _invite(place, registry, place.study, site, public_key(place))
+    _admit(place, site)
     _note(place, "invited", site=site, expires=made.expires)
     return {"site": site, "invitation": str(place.invitation(site)), "expires": made.expires}
+
+
+def _admit(place: Folder, site: str) -> None:
+    """Let a site take part, with whatever key it will enrol with."""
+    if site not in place.settings.sites:
+        sites = (*place.settings.sites, site)
+        _configure(place, place.settings.model_copy(update={"sites": sites}))
+    if place.identities.exists():
+        known = json.loads(place.identities.read_text())
+        known.pop(site, None)
+        owner = place.identities.stat()
+        write_atomically(place.identities, json.dumps(known).encode())
+        give(place.identities, owner.st_uid, owner.st_gid, 0o600)
+
+
+def _configure(place: Folder, settings: Settings) -> None:
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    with readable():
+        write_atomically(place.config, (_HEADER + text).encode())
 
 
 def change(folder: Path, study_path: Path) -> dict[str, Any]:
@@ -130,8 +150,7 @@ def change(folder: Path, study_path: Path) -> dict[str, Any]:
         (fresh.path / "backbone").rename(place.path / "backbone")
         (fresh.path / "study.yaml").rename(place.path / "study.yaml")
         settings = place.settings.model_copy(update={"name": study.name, "dim": dim})
-        text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-        write_atomically(place.config, (_HEADER + text).encode())
+        _configure(place, settings)
     _reinvite(place, {"study": study.canonical})
     _note(place, "replaced", study=study.digest)
     return {"study": study.digest, "sites": sites, "last run": str(kept)}
@@ -141,8 +160,9 @@ def _archive(place: Folder) -> Path:
     """Move what the last run left out of the way."""
     (place.path / "runs").mkdir(mode=0o755, exist_ok=True)
     kept = place.path / "runs" / str(1 + sum(1 for _ in (place.path / "runs").iterdir()))
-    place.run.rename(kept)
-    place.run.mkdir(mode=0o755)
+    if place.run.exists():
+        place.run.rename(kept)
+    place.run.mkdir(mode=0o755, exist_ok=True)
     return kept
 
 

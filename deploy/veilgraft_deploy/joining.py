@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from veilgraft.config import canonical
-from veilgraft.durable import sync_folder, write_atomically
+from veilgraft.durable import give, sync_folder, write_atomically
 from veilgraft.errors import InputError, Refusal, RefusedError
 from veilgraft.events import EventLog
 from veilgraft.identity import SigningKey, passphrase
@@ -32,11 +32,12 @@ from veilgraft.plan import plan
 from veilgraft.study import Study
 from veilgraft_client.bundles import Bundles
 from veilgraft_client.policy import Site
+from veilgraft_client.separation import Owner
 from veilgraft_client.studies import Studies
 from veilgraft_deploy import doctor
 from veilgraft_deploy.enrolling import enrol
 from veilgraft_deploy.office import order
-from veilgraft_deploy.place import Place, pin, user
+from veilgraft_deploy.place import Place, acting_as, pin, user
 from veilgraft_deploy.provision import install_bundle
 
 
@@ -177,14 +178,15 @@ def prepare(invitation: Invitation, answers: Answers, folder: Path) -> Place:
     if place.config.exists() and place.site.site != invitation.site:
         raise InputError(f"{invitation.site}: {place.config} is of site {place.site.site}")
     courier, secret = user(answers.courier_user), passphrase()
-    for made in (place.path, place.state, place.courier, place.work, place.run, place.logs):
-        made.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Searchable, so that the courier finds its own folders; all others in it are closed.
-    place.path.chmod(0o711)
-    if not place.config.exists():
-        _hand_over(place, answers.data)
-    install_bundle(place.flower)
-    with place.as_owner():
+    _make(place.path, answers.data)
+    # Whoever owns the folder could have put links in it: from here on, root acts as its owner.
+    with acting_as(Owner.of(place.path)):
+        for made in (place.state, place.courier, place.work, place.run, place.logs):
+            made.mkdir(mode=0o700, exist_ok=True)
+        place.check()
+        # Searchable, so that the courier finds its own folders; all others in it are closed.
+        place.path.chmod(0o711)
+        install_bundle(place.flower)
         _write(place, text)
         if not place.identity.exists():
             _make_identity(place.identity, secret)
@@ -220,13 +222,25 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _hand_over(place: Place, data: Path) -> None:
-    """Make whoever owns the records the folder's owner, and so the vault's user."""
+def _make(folder: Path, data: Path) -> None:
+    """Make a site's folder; where root does, it is then the records' owner's, who is the vault's.
+
+    Raises:
+        InputError: the folder is somebody else's.
+    """
+    made = not folder.exists()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.geteuid() != 0 or not data.exists():
         return
-    found = data.stat()
-    for path in (place.path, *place.path.iterdir(), *place.state.iterdir()):
-        os.chown(path, found.st_uid, found.st_gid, follow_symlinks=False)
+    owner, found = data.stat(), folder.lstat()
+    if found.st_uid == owner.st_uid:
+        return
+    if found.st_uid != 0 or not (made or not any(folder.iterdir())):
+        raise InputError(
+            f"{folder}: belongs to user {found.st_uid}, and the records to user {owner.st_uid}; "
+            "name another folder"
+        )
+    give(folder, owner.st_uid, owner.st_gid, 0o711)
 
 
 def _make_identity(path: Path, secret: bytes | None) -> None:

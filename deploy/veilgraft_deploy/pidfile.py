@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from veilgraft.durable import opened_folder
 from veilgraft.errors import InputError
 from veilgraft_deploy.processes import Process, alive, identity, kill, members
 
@@ -70,11 +71,13 @@ def _lock(path: Path) -> int:
 
 def _open(path: Path, flags: int) -> int:
     """Open a pid file. Whoever may write one may have its processes killed: so only our own."""
+    if flags & os.O_CREAT and not path.parent.exists():
+        raise InputError(f"{path}: its folder is missing")
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with opened_folder(path.parent.absolute()) as folder:
+            flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(path.name, flags, 0o600, dir_fd=folder)
     except FileNotFoundError:
-        if flags & os.O_CREAT:
-            raise InputError(f"{path}: its folder is missing") from None
         raise
     except OSError as error:
         raise InputError(f"{path}: can't be opened: {error.strerror}") from None

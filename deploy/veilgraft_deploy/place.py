@@ -9,13 +9,12 @@ import contextlib
 import json
 import os
 import pwd
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from veilgraft.durable import write_atomically
+from veilgraft.durable import give, write_atomically
 from veilgraft.errors import InputError
 from veilgraft.invitation import Coordinator
 from veilgraft_client.policy import Site
@@ -40,6 +39,7 @@ class Place:
                 f"{path}: expected a folder that `veilgraft site join` made, with "
                 f"{found.config.name}"
             )
+        found.check()
         return found
 
     @property
@@ -127,6 +127,17 @@ class Place:
         """Whose the folder is: the vault's user."""
         return Owner.of(self.state)
 
+    def check(self) -> None:
+        """Raise `InputError` where a folder is a link, or the state lies elsewhere."""
+        for folder in (self.state, self.courier, self.work, self.run, self.logs):
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                raise InputError(f"{folder}: expected a folder, got a link or a file")
+        if self.config.exists() and self.site.state.resolve() != self.state:
+            raise InputError(
+                f"{self.config}: state: expected `state`, in this folder, whose separation is "
+                f"measured; got {self.site.state}"
+            )
+
     @cached_property
     def courier_user(self) -> tuple[int, frozenset[int]] | None:
         """The courier's user and groups; None where it has no user of its own.
@@ -138,55 +149,47 @@ class Place:
 
     def settle(self, courier: tuple[int, frozenset[int]] | None) -> None:
         """Give each user what is theirs; only root can where there are several."""
-        self.state.chmod(0o700)
+        found = self.owner
+        owner = found.uid
+        give(self.state, owner, found.gid, 0o700)
         if os.geteuid() != 0 or courier is None:
             for folder in (self.courier, self.run):
-                folder.chmod(0o700)
+                give(folder, owner, found.gid, 0o700)
             return
         uid, groups = courier
         gid = min(groups) if uid not in groups else uid
-        owner = self.owner.uid
         # Set-group-id: the vault, who is not of the courier's group, makes its socket there.
-        _give(self.run, owner, gid, 0o2750)
-        _give(self.work, uid, gid, 0o700)
+        give(self.run, owner, gid, 0o2750)
+        give(self.work, uid, gid, 0o700)
         for path in self.courier.glob("*"):
             if path.is_file() and not path.is_symlink():
-                _give(path, owner, gid, 0o640)
-        _give(self.courier, owner, gid, 0o750)
+                give(path, owner, gid, 0o640)
+        give(self.courier, owner, gid, 0o750)
 
-    @contextlib.contextmanager
-    def as_owner(self) -> Iterator[None]:
-        """Act as the folder's owner where root asks: what is made is then the owner's.
-
-        It holds for all threads of the process, so it is for the command line alone.
-        """
-        owner = self.owner
-        if os.geteuid() != 0 or owner.uid == 0:
-            yield
-            return
-        groups, gid = os.getgroups(), os.getegid()
-        try:
-            os.setgroups(owner.groups or (owner.gid,))
-            os.setegid(owner.gid)
-            os.seteuid(owner.uid)
-            yield
-        finally:
-            os.seteuid(0)
-            os.setegid(gid)
-            os.setgroups(groups)
+    def as_owner(self) -> contextlib.AbstractContextManager[None]:
+        """Act as the folder's owner where root asks: what is made is then the owner's."""
+        return acting_as(self.owner)
 
 
-def _give(path: Path, uid: int, gid: int, mode: int) -> None:
-    """Set whose a file or folder is, never those of what a link in its place points to."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+@contextlib.contextmanager
+def acting_as(owner: Owner) -> Iterator[None]:
+    """Act as a user where root asks, else change nothing.
+
+    It holds for all threads of the process, so it is for the command line alone.
+    """
+    if os.geteuid() != 0 or owner.uid == 0:
+        yield
+        return
+    groups, gid = os.getgroups(), os.getegid()
     try:
-        found = os.fstat(handle)
-        if not stat.S_ISDIR(found.st_mode) and found.st_nlink != 1:
-            raise InputError(f"{path}: expected a plain file; links are refused")
-        os.fchown(handle, uid, gid)
-        os.fchmod(handle, mode)
+        os.setgroups(owner.groups or (owner.gid,))
+        os.setegid(owner.gid)
+        os.seteuid(owner.uid)
+        yield
     finally:
-        os.close(handle)
+        os.seteuid(0)
+        os.setegid(gid)
+        os.setgroups(groups)
 
 
 def coordinator(path: Path) -> Coordinator:

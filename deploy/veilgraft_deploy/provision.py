@@ -15,6 +15,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,9 +149,11 @@ def install_bundle(home: Path) -> Path:
     from flwr.cli.install import install_from_fab
 
     made = bundle()
-    fresh = home.with_name(f".{home.name}.new")
-    _remove(fresh)
-    fresh.mkdir(parents=True)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    for left in home.parent.glob(f".{home.name}.*"):
+        _remove(left)
+    # Mode 0700, and a name that nobody could have put a link in the place of.
+    fresh = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
     with contextlib.redirect_stdout(io.StringIO()):
         app = install_from_fab(made.content, fresh, skip_prompt=True)
     if app != fresh / "apps" / made.folder:
@@ -187,7 +190,9 @@ def _seal(home: Path) -> None:
 
 
 def _remove(home: Path) -> None:
-    if home.exists():
+    if home.is_symlink() or home.is_file():
+        home.unlink()
+    elif home.exists():
         for folder, _, _ in os.walk(home):
             Path(folder).chmod(0o700)
         shutil.rmtree(home)

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
+from veilgraft.durable import opened_folder
 from veilgraft.errors import InputError, VeilgraftError
 from veilgraft_deploy.pidfile import Book, held, recorded
 from veilgraft_deploy.processes import (
@@ -280,13 +281,17 @@ def _setpriv() -> str:
 
 
 def _log(path: Path) -> BinaryIO:
-    if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
-        path.replace(path.with_name(path.name + ".1"))
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        return os.fdopen(os.open(path, flags, 0o600), "ab")
-    except OSError as error:
-        raise InputError(f"{path}: can't be written to: {error.strerror}") from None
+    with opened_folder(path.parent.absolute()) as folder:
+        try:
+            handle = os.open(path.name, flags, 0o600, dir_fd=folder)
+            if os.fstat(handle).st_size > MAX_LOG_BYTES:
+                os.rename(path.name, f"{path.name}.1", src_dir_fd=folder, dst_dir_fd=folder)
+                os.close(handle)
+                handle = os.open(path.name, flags, 0o600, dir_fd=folder)
+        except OSError as error:
+            raise InputError(f"{path}: can't be written to: {error.strerror}") from None
+    return os.fdopen(handle, "ab")
 
 
 def _last_line(path: Path) -> str:

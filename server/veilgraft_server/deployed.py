@@ -27,7 +27,7 @@ from veilgraft.model.features import Features
 from veilgraft.study import Study
 from veilgraft_server import app, checkpoint, evaluation, report, rounds
 from veilgraft_server.checkpoint import Round
-from veilgraft_server.folder import Folder
+from veilgraft_server.folder import Folder, Settings
 from veilgraft_server.metrics import Status
 from veilgraft_server.registry import Registry
 
@@ -67,7 +67,7 @@ def _conduct(place: Folder, run: str, grid: Grid, events: EventLog) -> None:
         evaluate=evaluation.scorer(study, _test(place)),
         tell=_teller(place, events),
         key=SigningKey.load(place.signing_key, passphrase()),
-        sender=lambda node: _sender(registry, node),
+        sender=lambda node: _sender(place, registry, node),
         backbone=study.backbone.path,
         patience=PATIENCE_SECONDS,
         meet=lambda here: _meet(place, here),
@@ -79,9 +79,26 @@ def _conduct(place: Folder, run: str, grid: Grid, events: EventLog) -> None:
     events.note("finished", rounds=study.training.rounds, exit_code=0)
 
 
-def _sender(registry: Registry, node: int) -> tuple[str, PublicKey] | None:
+def _sender(place: Folder, registry: Registry, node: int) -> tuple[str, PublicKey] | None:
+    """Return the site behind a node, and the key with which it first spoke.
+
+    The edge, which enrols sites, writes the registry; were it taken over, it could name other keys
+    and other sites there. So who may take part stands in the owner's file, and a site's key, once
+    seen, in the executor's own. `coordinator invite` lets a site come with another.
+    """
     member = registry.by_node(node)
-    return (member.site, member.identity) if member and member.identity else None
+    if member is None or member.identity is None:
+        return None
+    if member.site not in Settings.read(place.config).sites:
+        log.warning("%s: was never invited; left out", member.site)
+        return None
+    kept = json.loads(place.identities.read_text()) if place.identities.exists() else {}
+    if kept.setdefault(member.site, member.identity.text) != member.identity.text:
+        log.warning("%s: another key than before, and no new invitation; left out", member.site)
+        return None
+    place.identities.parent.mkdir(mode=0o700, exist_ok=True)
+    write_atomically(place.identities, canonical(kept).encode())
+    return member.site, member.identity
 
 
 def _meet(place: Folder, here: Here) -> None:

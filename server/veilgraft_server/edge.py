@@ -12,6 +12,7 @@ next; 502, 503 and 504 make it try again, for ever.
 
 import asyncio
 import contextlib
+import email.utils
 import logging
 import os
 import socket
@@ -173,7 +174,9 @@ class Edge:
             if called is None:
                 return refusal(403)
             if called == HEALTH:
-                return Response(b"ok\n", media_type="text/plain")
+                # A site's doctor compares its clock with it.
+                date = {"date": email.utils.formatdate(usegmt=True)}
+                return Response(b"ok\n", media_type="text/plain", headers=date)
             return await (self._enrol(request) if called == ENROL else self._pass(called, request))
         except _RefusedStatusError as error:
             return refusal(error.status)

@@ -44,7 +44,7 @@ FLEET_CALLS = (
 """All that passes the edge: `POST /v1/fleet/` and one of these."""
 
 AUTH_HEADERS = (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
-MAX_OBJECTS = 1024
+MAX_OBJECTS = 32
 """Objects that one reply may be made of."""
 
 _REQUESTS: Mapping[str, type[Message]] = {

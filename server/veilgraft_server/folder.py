@@ -18,7 +18,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, PositiveInt
 
 from veilgraft.config import Config
-from veilgraft.durable import write_atomically
+from veilgraft.durable import give, write_atomically
 from veilgraft.errors import InputError
 from veilgraft.invitation import Host, Port
 from veilgraft.study import Name, Study
@@ -164,6 +164,11 @@ class Folder:
         return self.run / "met.json"
 
     @property
+    def identities(self) -> Path:
+        """The key with which each site first spoke to the executor."""
+        return self.run.with_name("executor") / "identities.json"
+
+    @property
     def evaluation(self) -> Path:
         """Features of the study's public records, made once, at the first start."""
         return self.path / "evaluation.safetensors"
@@ -247,23 +252,26 @@ class Folder:
         if os.geteuid() != 0:
             return
         edge, executor = self.edge_user or ROOT, self.executor_user or ROOT
-        _give(self.path, 0, edge.gid, TOP)
-        _give(self.flower, 0, edge.gid, SHARED)
-        _give(self.run, executor.uid, edge.gid, SHARED)
+        give(self.path, 0, edge.gid, TOP)
+        give(self.flower, 0, edge.gid, SHARED)
+        # The edge reads how the run stands, and can put nothing there.
+        give(self.run, executor.uid, edge.gid, 0o2750)
+        self.identities.parent.mkdir(mode=0o700, exist_ok=True)
+        give(self.identities.parent, executor.uid, executor.gid, 0o700)
         for path in self.flower.glob("*.db*"):
-            _give(path, edge.uid, edge.gid, 0o660)
+            give(path, edge.uid, edge.gid, 0o660)
         for path in (self.secret, self.flower / "port"):
-            _give(path, 0, edge.gid, 0o640)
+            give(path, 0, edge.gid, 0o640)
         # Of its folder's owner: with fs.protected_regular = 2, the kernel lets others open it then.
         for path in self.path.glob("registry.db*"):
-            _give(path, 0, edge.gid, 0o660)
+            give(path, 0, edge.gid, 0o660)
         for path in self.run.iterdir():
             if path.is_file():
-                _give(path, executor.uid, edge.gid, 0o640)
-        _give(self.tls / "server.key", edge.uid, edge.gid, 0o600)
-        _give(self.signing_key, executor.uid, executor.gid, 0o600)
+                give(path, executor.uid, edge.gid, 0o640)
+        give(self.tls / "server.key", edge.uid, edge.gid, 0o600)
+        give(self.signing_key, executor.uid, executor.gid, 0o600)
         self.app_log.touch()
-        _give(self.app_log, executor.uid, executor.gid, 0o600)
+        give(self.app_log, executor.uid, executor.gid, 0o600)
 
 
 @contextmanager
@@ -274,9 +282,3 @@ def readable() -> Iterator[None]:
         yield
     finally:
         os.umask(before)
-
-
-def _give(path: Path, uid: int, gid: int, mode: int) -> None:
-    os.chown(path, uid, gid, follow_symlinks=False)
-    # After the change of owner, which takes set-id bits away.
-    path.chmod(mode)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from rich.console import Console
 from tests.deploy.joined import Edge, answers, edge, records, study
+from tests.system import hosts
 
 from veilgraft.config import canonical
 from veilgraft.errors import InputError, RefusedError, VeilgraftError
@@ -92,7 +94,7 @@ def test_preparing_twice_changes_nothing_and_all_is_closed(there: Edge, tmp_path
         prepare(there.invitation("b"), answers(data), folder)
 
 
-STEPS = ["_hand_over", "install_bundle", "_write", "_make_identity", "_settle_node_key", "_pin"]
+STEPS = ["install_bundle", "_write", "_make_identity", "_settle_node_key", "_pin"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -328,3 +330,38 @@ def test_orders_are_carried_out_where_no_vault_runs(there: Edge, tmp_path: Path)
     with pytest.raises(RefusedError):
         dear = canonical(study(privacy={"noise_multiplier": 0.01}).canonical)
         order(place, "approve", order(place, "propose", dear)["study"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="NOT TESTED: only root can be led astray")
+def test_links_that_the_records_owner_has_laid_lead_root_nowhere(
+    there: Edge, tmp_path: Path
+) -> None:
+    theirs, secret = tmp_path / "etc", tmp_path / "etc" / "shadow"
+    theirs.mkdir()
+    secret.write_bytes(b"root's")
+    secret.chmod(0o600)
+    data, folder = records(tmp_path / "a.parquet"), tmp_path / "a"
+    tmp_path.chmod(0o755)
+    os.chown(data, 65020, 65020)
+    folder.mkdir(mode=0o755)
+    os.chown(folder, 65020, 65020)
+    for name in ("state", "courier", "run", "logs"):
+        (folder / name).symlink_to(theirs)
+        with pytest.raises((InputError, OSError)):
+            prepare(there.invitation(), answers(data), folder)
+        (folder / name).unlink()
+        found = secret.stat()
+        assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (0, 0o600)
+        assert (theirs.stat().st_uid, stat.S_IMODE(theirs.stat().st_mode)) == (0, 0o755)
+        for made in folder.iterdir():
+            hosts.delete(made)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="NOT TESTED: only root can give a folder away")
+def test_a_folder_of_a_stranger_is_refused(there: Edge, tmp_path: Path) -> None:
+    data, folder = records(tmp_path / "a.parquet"), tmp_path / "a"
+    os.chown(data, 65020, 65020)
+    folder.mkdir()
+    os.chown(folder, 65021, 65021)
+    with pytest.raises(InputError, match="belongs to user 65021, and the records to user 65020"):
+        prepare(there.invitation(), answers(data), folder)

@@ -67,13 +67,13 @@ def test_a_link_gives_nobody_another_s_file(place: Place, tmp_path: Path) -> Non
     place.settle((COURIER, frozenset({COURIER})))
     assert given(secret) == before
     (place.courier / "hard").hardlink_to(secret)
-    with pytest.raises(InputError, match="links are refused"):
+    with pytest.raises(InputError, match="a plain file with one name"):
         place.settle((COURIER, frozenset({COURIER})))
     assert given(secret) == before
     (place.courier / "hard").unlink()
     place.run.rmdir()
     place.run.symlink_to(tmp_path)
-    with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
+    with pytest.raises(InputError, match="expected no link"):
         place.settle((COURIER, frozenset({COURIER})))
 
 
