@@ -24,7 +24,7 @@ from veilgraft.events import EventLog
 from veilgraft.identity import PASSPHRASE_FILE, SigningKey, passphrase
 from veilgraft_deploy import progress, provision, supervisor
 from veilgraft_deploy.control import Control
-from veilgraft_deploy.coordinator import STOP_SECONDS, acting_as, public_key
+from veilgraft_deploy.coordinator import STOP_SECONDS, acting_as, finish_rotation, public_key
 from veilgraft_deploy.progress import Live, Watcher
 from veilgraft_deploy.supervisor import Service
 from veilgraft_deploy.watch import Conductor
@@ -160,7 +160,7 @@ def _check_reach(place: Folder, user: User) -> None:
 def _check_key(place: Folder, passphrase: bytes | None) -> None:
     with acting_as(place.signing_key.stat().st_uid):
         key = SigningKey.load(place.signing_key, passphrase)
-    if key.public != public_key(place):
+    if key.public != public_key(place) and not finish_rotation(place, key.public):
         raise InputError(f"{place.signing_key}: expected the key that signing.pub names")
 
 

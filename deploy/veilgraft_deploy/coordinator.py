@@ -177,9 +177,10 @@ def revoke(folder: Path, site: str) -> dict[str, Any]:
 
 
 def rotate(folder: Path, passphrase: bytes | None = None) -> dict[str, Any]:
-    """Replace the signing key, and have the old one say so in `rotation.yaml`.
+    """Replace the signing key, and have the old one say so in `rotation-N.yaml`.
 
-    The old key stays as `signing.pem.N`. Invitations not yet used name the new key.
+    All statements stay: a site that was away approves one after the other. So do the old keys, as
+    `signing.pem.N`. Invitations not yet used name the new key.
 
     Raises:
         InputError: the coordinator runs, or the key can't be read.
@@ -196,9 +197,10 @@ def rotate(folder: Path, passphrase: bytes | None = None) -> dict[str, Any]:
     new.save(fresh, passphrase)
     os.chown(fresh, owner.st_uid, owner.st_gid)
     kept = _next(path)
-    statement = _statement(old, new.public)
-    text = yaml.safe_dump(statement.model_dump(), sort_keys=False)
-    write_atomically(place.path / "rotation.yaml", text.encode())
+    said = place.path / f"rotation-{kept.suffix.removeprefix('.')}.yaml"
+    text = yaml.safe_dump(_statement(old, new.public).model_dump(), sort_keys=False)
+    # First: a key that is in use always has its statement.
+    write_atomically(said, text.encode())
     os.link(path, kept)
     fresh.replace(path)
     sync_folder(place.path)
@@ -208,9 +210,22 @@ def rotate(folder: Path, passphrase: bytes | None = None) -> dict[str, Any]:
     return {
         "fingerprint": new.public.fingerprint,
         "key": new.public.text,
-        "statement": str(place.path / "rotation.yaml"),
+        "statement": str(said),
         "old key": str(kept),
     }
+
+
+def finish_rotation(place: Folder, key: PublicKey) -> bool:
+    """End a rotation that was broken off when the key had changed; return whether one was."""
+    before = public_key(place)
+    for path in place.path.glob("rotation-*.yaml"):
+        statement = Rotation.read(path)
+        if statement.new == key.text and statement.old == before.text:
+            statement.verified(before)
+            _writepublic_key(place, key)
+            _reinvite(place, {"coordinator": _address(place, key)})
+            return True
+    return False
 
 
 def status(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from veilgraft.errors import InputError, VeilgraftError
 from veilgraft.identity import PASSPHRASE_FILE
 from veilgraft_client.connection import DeskClient
 from veilgraft_client.separation import courier_command, vault_command
-from veilgraft_deploy import supervisor
+from veilgraft_deploy import provision, supervisor
 from veilgraft_deploy.place import Place, coordinator
 from veilgraft_deploy.processes import Process, killed, send
 from veilgraft_deploy.supervisor import Service, supervise
@@ -49,6 +49,10 @@ def start(place: Place) -> int:
     found = place.courier_user
     uid, groups = found or (None, frozenset())
     gid = (uid if uid in groups else min(groups)) if groups else None
+    with place.as_owner():
+        # After an update of Veilgraft, or a move of its environment.
+        if not provision.is_current(place.flower):
+            provision.install_bundle(place.flower)
     place.settle(found)
     folder = str(place.path)
     vault = vault_command(_command("vault", folder), place.owner)

@@ -167,6 +167,16 @@ def install_bundle(home: Path) -> Path:
     return home / "apps" / made.folder
 
 
+def is_current(home: Path) -> bool:
+    """Return whether `home` holds this version's bundle, and commands that run this Python."""
+    try:
+        started = (home / "bin" / COMMANDS[0]).read_text(encoding="utf-8")
+        held = (home / "bundle.fab").read_bytes()
+    except OSError:
+        return False
+    return held == bundle().content and started == _command(COMMANDS[0])
+
+
 def _manifest() -> bytes:
     template = importlib.resources.files("veilgraft_deploy") / "bundle" / "pyproject.toml"
     text = template.read_text(encoding="utf-8")
@@ -176,9 +186,12 @@ def _manifest() -> bytes:
 def _write_commands(folder: Path) -> None:
     folder.mkdir()
     for name in COMMANDS:
-        python = shlex.quote(sys.executable)
-        line = f'exec {python} -P -m veilgraft_deploy.launch {name} "$@"'
-        (folder / name).write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+        (folder / name).write_text(_command(name), encoding="utf-8")
+
+
+def _command(name: str) -> str:
+    python = shlex.quote(sys.executable)
+    return f'#!/bin/sh\nexec {python} -P -m veilgraft_deploy.launch {name} "$@"\n'
 
 
 def _seal(home: Path) -> None:

@@ -141,7 +141,7 @@ def stop(folder: Folder) -> None:
 def approve(
     folder: Folder,
     what: Annotated[
-        str | None, typer.Argument(help="A study's digest, or a coordinator's rotation.yaml.")
+        str | None, typer.Argument(help="A study's digest, or a coordinator's rotation-N.yaml.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
     as_json: AsJson = False,

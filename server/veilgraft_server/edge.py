@@ -51,7 +51,8 @@ HEALTH = "/veilgraft/health"
 
 CONTROL_BYTES = 1 << 16
 REPLY_BYTES = 1 << 18
-OBJECT_BYTES = 12 << 20
+OBJECT_BYTES = 6 << 20
+"""Flower cuts arrays into pieces of 5 MiB."""
 
 METRICS_PORT = 9092
 NOTE_SECONDS = 10.0

@@ -249,12 +249,21 @@ def test_a_rotation_is_signed_by_the_old_key_and_open_invitations_name_the_new(
     new = SigningKey.load(place.signing_key).public
     assert facts["key"] == new.text != old.text
     assert SigningKey.load(folder / "signing.pem.1").public == old
-    statement = Rotation.read(folder / "rotation.yaml")
+    statement = Rotation.read(folder / "rotation-1.yaml")
     assert statement.verified(old) == new
     assert Invitation.read(place.invitation("west")).coordinator.identity == new
     assert coordinator.status(folder)["fingerprint"] == new.fingerprint
+    before = (folder / "signing.pub").read_text()
     coordinator.rotate(folder)
     assert SigningKey.load(folder / "signing.pem.2").public == new
+    assert (folder / "rotation-1.yaml").exists()
+    # As if it had been killed when the key was new and the public one was not.
+    after = (folder / "signing.pub").read_text()
+    (folder / "signing.pub").write_text(before)
+    key = SigningKey.load(folder / "signing.pem").public
+    assert coordinator.finish_rotation(Folder.open(folder), key)
+    assert (folder / "signing.pub").read_text() == after
+    assert not coordinator.finish_rotation(Folder.open(folder), key)
 
 
 def test_a_key_with_a_passphrase_needs_it(
