@@ -10,7 +10,8 @@ from pathlib import Path
 
 from veilgraft.errors import InputError
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Only to pass through: who may not list a folder may still own what lies in it.
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def sync_folder(folder: Path) -> None:
