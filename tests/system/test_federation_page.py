@@ -73,6 +73,7 @@ def machine() -> Iterator[Machine]:
         hosts.delete(folder)
 
 
+@pytest.mark.drill
 def test_the_page_s_commands_lead_from_nothing_to_a_model(machine: Machine) -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     study = json.loads(machine.run("veilgraft study check study.yaml --json").stdout)["digest"]
