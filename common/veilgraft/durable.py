@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,36 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file for its owner alone, mode 0600, synced.
+
+    Raises:
+        InputError: there is a file of this name; a key is never replaced.
+    """
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise InputError(f"{path}: exists already; a key is never replaced") from None
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(handle)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """One all-or-nothing write to a database without Python's own transactions."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from veilgraft.durable import sync_folder
+from veilgraft.durable import write_new
 from veilgraft.errors import InputError, MessageError
 
 Domain = Literal["request", "answer", "enrolment", "rotation"]
@@ -127,15 +127,7 @@ class SigningKey:
         """Write the key, mode 0600; raises `InputError` where the file exists."""
         how = BestAvailableEncryption(passphrase) if passphrase else NoEncryption()
         pem = self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, how)
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            raise InputError(f"{path}: exists already; a key is never replaced") from None
-        with os.fdopen(handle, "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(handle)
-        sync_folder(path.parent)
+        write_new(path, pem)
 
     def sign(self, domain: Domain, data: bytes) -> bytes:
         """Return the signature, 64 bytes; equal data give equal signatures."""

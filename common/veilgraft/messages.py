@@ -9,7 +9,7 @@ signature is over the header's, and the header holds the payload's digest. Flowe
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ MAX_HEADER = 4096
 
 MAX_TOLD = 200
 """Characters of what is said of a header that can't be used."""
+
+Parsed = TypeVar("Parsed")
 
 Nonce = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
@@ -76,11 +78,7 @@ class Header(Config):
     @classmethod
     def decode(cls, data: bytes) -> Self:
         """Parse a header; raises `MessageError` where it is not exactly of this form."""
-        check_header(data)
-        try:
-            return cls.model_validate_json(data, strict=True)
-        except ValidationError as error:
-            raise _told(error) from None
+        return _parsed(TypeAdapter(cls), data)
 
 
 def check_header(data: bytes) -> None:
@@ -171,9 +169,14 @@ _QUESTION: TypeAdapter[Question] = TypeAdapter(Annotated[Question, Field(discrim
 
 def decode_question(data: bytes) -> Question:
     """Parse what a coordinator asks; raises `MessageError` where it is none of these."""
+    return _parsed(_QUESTION, data)
+
+
+def _parsed(form: TypeAdapter[Parsed], data: bytes) -> Parsed:
+    """Return what `data` holds; raises `MessageError` where it is not exactly of this form."""
     check_header(data)
     try:
-        return _QUESTION.validate_json(data, strict=True)
+        return form.validate_json(data, strict=True)
     except ValidationError as error:
         raise _told(error) from None
 
@@ -237,11 +240,7 @@ _REPLY: TypeAdapter[Reply] = TypeAdapter(Annotated[Reply, Field(discriminator="k
 
 def decode_answer(data: bytes) -> Reply:
     """Parse what a site sent back; raises `MessageError` where it is none of these."""
-    check_header(data)
-    try:
-        return _REPLY.validate_json(data, strict=True)
-    except ValidationError as error:
-        raise _told(error) from None
+    return _parsed(_REPLY, data)
 
 
 def pack(arrays: Mapping[str, npt.NDArray[np.float64]]) -> bytes:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from veilgraft.config import canonical
-from veilgraft.durable import give, sync_folder, write_atomically
+from veilgraft.durable import give, sync_folder, write_atomically, write_new
 from veilgraft.errors import InputError, Refusal, RefusedError
 from veilgraft.events import EventLog
 from veilgraft.identity import SigningKey, passphrase
@@ -285,8 +285,7 @@ def _make_node_key(path: Path) -> None:
     )
     fresh = path.with_name(f".{path.name}.new")
     fresh.unlink(missing_ok=True)
-    fresh.touch(mode=0o600)
-    fresh.write_bytes(pem)
+    write_new(fresh, pem)
     fresh.rename(path)
     sync_folder(path.parent)
 

@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 import veilgraft
-from veilgraft.durable import sync_folder, write_atomically
+from veilgraft.durable import sync_folder, write_atomically, write_new
 from veilgraft.errors import InputError
 
 CA_YEARS = 10
@@ -267,14 +267,7 @@ def _constraint(name: str) -> x509.GeneralName:
 
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        raise InputError(f"{path}: exists already; a key is never replaced") from None
-    with os.fdopen(handle, "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(handle)
+    write_new(path, pem)
 
 
 def _key(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from veilgraft.durable import transaction
 from veilgraft.errors import InputError
 
 MESSAGES = 16
@@ -156,15 +157,8 @@ class Ownership:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._lock, transaction(self._db):
+            yield
 
     def _any(self, where: str, *values: str) -> bool:
         query = f"SELECT 1 FROM {where} LIMIT 1"  # noqa: S608 (constants of this file)

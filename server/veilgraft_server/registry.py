@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from veilgraft.durable import transaction
 from veilgraft.errors import InputError, Refusal, RefusedError
 from veilgraft.identity import PublicKey
 
@@ -173,15 +174,8 @@ class Registry:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._lock, transaction(self._db):
+            yield
 
     def _select(self, where: str, *values: object) -> Iterator[Member]:
         query = f"SELECT {_COLUMNS} FROM members {where}"  # noqa: S608 (constants of this file)
