@@ -88,10 +88,11 @@ class Bundles:
         """Return the backbone's folder, every file of it hashed just now.
 
         Raises:
-            InputError: it is not here, not whole, or not what came.
+            InputError: it is not here, not whole, or not what came; what is rotten is removed, so
+                that it is sent again.
         """
         with self._alone():
-            return self._verified(digest)
+            return self._sound(digest)
 
     def add(self, source: Path, digest: str) -> Path:
         """Copy a folder that a person gave, through the very checks of one sent in parts.
@@ -148,26 +149,27 @@ class Bundles:
                 raise VeilgraftError(f"{self.folder}: the disk is full") from error
             raise VeilgraftError(f"{self.folder}: can't be used: {error}") from error
 
-    def _verified(self, digest: str) -> Path:
-        if not self.has(digest):
-            raise InputError(f"backbone.digest: {digest} is not in {self.folder}")
-        bundle.verify(self._place(digest), digest)
-        return self._place(digest)
-
     def _is_stored(self, digest: str) -> bool:
-        """Return whether it is here and sound; what is not sound is removed, to come again."""
+        try:
+            self._sound(digest)
+        except InputError:
+            return False
+        return True
+
+    def _sound(self, digest: str) -> Path:
+        """Return the folder; what is not sound is removed, to come again, with `InputError`."""
         place = self._place(digest)
         if place.is_symlink():
             place.unlink()
         if not self.has(digest):
-            return False
+            raise InputError(f"backbone.digest: {digest} is not in {self.folder}")
         self._forget(digest)
         try:
-            self._verified(digest)
+            bundle.verify(place, digest)
         except InputError:
             shutil.rmtree(place)
-            return False
-        return True
+            raise
+        return place
 
     def _arrival(self, digest: str) -> Arrival:
         arrival = self._arrivals.get(digest)

@@ -76,6 +76,8 @@ class Desk:
                 return self._approve(argument)
             case "withdraw":
                 return self._withdraw(argument)
+            case "reject":
+                return self._reject(argument)
             case "purge":
                 return self._purge()
             case "propose":
@@ -133,6 +135,11 @@ class Desk:
         self._vault.withdraw(digest)
         self._events.note("withdrawn", study=digest)
         return {"withdrawn": digest}
+
+    def _reject(self, digest: str) -> dict[str, Any]:
+        self._studies.reject(digest)
+        self._events.note("rejected", study=digest)
+        return {"rejected": digest}
 
     def _purge(self) -> dict[str, Any]:
         """Remove features and backbones; they are made, or sent, again where they are needed."""

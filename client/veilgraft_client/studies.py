@@ -50,8 +50,8 @@ class Studies:
             if len(waiting) >= MAX_PROPOSALS:
                 raise RefusedError(
                     Refusal.UNAVAILABLE,
-                    f"{MAX_PROPOSALS} proposed studies wait already; approve what is wanted, and "
-                    f"remove the rest from {self._proposed}",
+                    f"{MAX_PROPOSALS} proposed studies wait already: veilgraft site approve, or "
+                    "veilgraft site reject",
                 )
             write_atomically(_path(self._proposed, study.digest), text)
         return study
@@ -73,6 +73,13 @@ class Studies:
             raise InputError(f"{digest}: no approved study has this digest")
         _path(self._approved, digest).rename(_path(self._proposed, digest))
         sync_folder(self._approved)
+
+    def reject(self, digest: str) -> None:
+        """Let go of a proposed study; raises `InputError` where none has this digest."""
+        if digest not in self.proposed():
+            raise InputError(f"{digest}: no proposed study has this digest")
+        _path(self._proposed, digest).unlink()
+        sync_folder(self._proposed)
 
     def find(self, digest: str) -> Study:
         """Return the study with this digest, approved or not; raises `InputError`."""

@@ -1,15 +1,25 @@
 """Files that survive a crash, or a loss of power, and that nobody's links lead astray."""
 
 import contextlib
+import fcntl
 import os
 import secrets
 import sqlite3
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from veilgraft.errors import InputError
+
+PAUSE_SECONDS = 0.2
+"""Between looks at a lock that another process holds."""
+
+
+class BusyError(InputError):
+    """Another process is at it; one at a time, so that none acts on old facts."""
+
 
 # Only to pass through: who may not list a folder may still own what lies in it.
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -72,6 +82,33 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+
+
+@contextmanager
+def alone(path: Path, wait_seconds: float) -> Iterator[None]:
+    """Hold a lock file, made where there is none, until the block or the process ends.
+
+    Raises:
+        BusyError: another process holds it, and has not let go within so many seconds.
+    """
+    held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    end = time.monotonic() + wait_seconds
+    try:
+        while not _taken(held):
+            if time.monotonic() > end:
+                raise BusyError(f"{path}: another process has it")
+            time.sleep(PAUSE_SECONDS)
+        yield
+    finally:
+        os.close(held)
+
+
+def _taken(held: int) -> bool:
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

@@ -19,6 +19,7 @@ Kind: TypeAlias = Literal[
     "joined",
     "approved",
     "withdrawn",
+    "rejected",
     "started",
     "stopped",
     "answered",

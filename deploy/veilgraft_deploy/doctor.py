@@ -18,6 +18,7 @@ from typing import Any
 from veilgraft.errors import InputError
 from veilgraft.identity import SigningKey, passphrase
 from veilgraft.invitation import Coordinator
+from veilgraft.plan import plan
 from veilgraft_client.bundles import Bundles
 from veilgraft_client.separation import Separation, courier_command, vault_command, would_hold
 from veilgraft_client.studies import Studies
@@ -37,7 +38,8 @@ def check(place: Place, study: Path | None = None) -> tuple[dict[str, Any], list
     """Return what was found, and each thing that is wrong with what to do.
 
     Args:
-        study: a study file; by default all that were proposed or approved.
+        study: a study file; by default all that were approved. What a coordinator merely proposed
+            is read where a person names it: to price a stranger's study may take long.
     """
     problems: list[str] = []
     separations = _separations(place)
@@ -54,7 +56,7 @@ def check(place: Place, study: Path | None = None) -> tuple[dict[str, Any], list
         problems += wrong
     network = separations[0].holds
     facts["studies"] = []
-    for each in [study] if study else _known(place):
+    for each in [study] if study else _approved(place):
         found, wrong = _examined(place, each, without_network=network)
         facts["studies"] += [found] if found else []
         problems += wrong
@@ -141,11 +143,36 @@ def connection(coordinator: Coordinator) -> tuple[dict[str, Any], list[str]]:
     return facts, []
 
 
-def _known(place: Place) -> list[Path]:
+def named(place: Place, study: str) -> Path:
+    """Return the file of a study that a person names, by its path or by its digest."""
+    if not study.startswith("sha256:"):
+        return Path(study)
+    with place.as_owner():
+        known = Studies(place.site.state)
+        return known.file(known.find(study).digest)
+
+
+def price(place: Place, digest: str) -> dict[str, Any]:
+    """Return what a person should know of a proposed study before approving it: also its ε."""
+    with place.as_owner():
+        study = Studies(place.site.state).find(digest)
+    planned = plan(study)
+    return {
+        "study": digest,
+        "name": study.name,
+        "purpose": study.purpose,
+        "rounds": study.training.rounds,
+        "leaves": {kind: count for kind, (count, _) in planned.releases.items()},
+        "epsilon": planned.epsilon(),
+        "delta": planned.delta,
+        "max_epsilon": place.site.limits.max_epsilon,
+    }
+
+
+def _approved(place: Place) -> list[Path]:
     with place.as_owner():
         studies = Studies(place.site.state)
-        digests = [*studies.approved(), *studies.proposed()]
-        return [studies.file(digest) for digest in digests]
+        return [studies.file(digest) for digest in studies.approved()]
 
 
 def _examined(

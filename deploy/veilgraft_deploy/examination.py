@@ -3,11 +3,12 @@
 `site check` runs it in a process without network, as the vault's user.
 """
 
+import sqlite3
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,6 @@ from veilgraft_client.dataset import Records
 from veilgraft_client.ledger import Ledger, Terms
 from veilgraft_client.policy import Site
 from veilgraft_deploy.progress import Watcher
-
-
-class _UndoneError(Exception):
-    """Ends a transaction that was only a trial."""
-
 
 TRIED = 16
 """Records on which the backbone is measured."""
@@ -128,7 +124,7 @@ def _cost(site: Site, study: Study, planned: Plan) -> dict[str, Any]:
     }
     try:
         policy.check_study(site, study, planned, seeded=False)
-        with _tried(site) as ledger:
+        with _copied(site) as ledger:
             cap = site.limits.max_epsilon if planned.update else None
             terms = Terms(cap, site.limits.delta, site.held_out, site.unit(study))
             ledger.grant(site.site, study.digest, planned, terms, units=site.units)
@@ -139,13 +135,16 @@ def _cost(site: Site, study: Study, planned: Plan) -> dict[str, Any]:
 
 
 @contextmanager
-def _tried(site: Site) -> Iterator[Ledger]:
-    """Give the site's ledger, or one as it would be made, and undo what is done to it."""
+def _copied(site: Site) -> Iterator[Ledger]:
+    """Give a copy of the site's ledger, for a trial: pricing may take long, and a vault is at work.
+
+    It lies in the site's own folder, which nobody else reads.
+    """
     path = site.state / "ledger.db"
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as undone:
-        ledger = Ledger(path if path.exists() else Path(folder) / path.name)
-        undone.callback(ledger.close)
-        undone.enter_context(suppress(_UndoneError))
-        undone.enter_context(ledger.transaction())
-        yield ledger
-        raise _UndoneError
+    with tempfile.TemporaryDirectory(prefix=".trial-", dir=site.state) as folder:
+        copy = Path(folder) / path.name
+        if path.exists():
+            with closing(sqlite3.connect(path)) as held, closing(sqlite3.connect(copy)) as trial:
+                held.backup(trial)
+        with closing(Ledger(copy)) as ledger:
+            yield ledger

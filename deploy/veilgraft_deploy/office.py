@@ -4,7 +4,6 @@ Records are read, and features made, in this process alone; where it serves, it 
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -19,7 +18,8 @@ from typing import Any, Self
 import torch
 
 from veilgraft import logs
-from veilgraft.errors import InputError, Refusal, RefusedError, VeilgraftError
+from veilgraft.durable import PAUSE_SECONDS, BusyError, alone
+from veilgraft.errors import Refusal, RefusedError, VeilgraftError
 from veilgraft.events import EventLog
 from veilgraft.identity import SigningKey, passphrase
 from veilgraft.model.backbone import FrozenBackbone
@@ -44,29 +44,26 @@ ORDER_SECONDS = 600.0
 BUSY_SECONDS = 60.0
 """How long the folder is waited for where another process has it."""
 
-PAUSE_SECONDS = 0.2
-
-
-class BusyError(InputError):
-    """Another process is at the folder; one at a time, so that none acts on old facts."""
-
 
 class Office:
     """All that a site's folder holds, opened; a context manager.
 
     Args:
         wait_seconds: for another process to be done.
+        serving: make the features of a study that is approved, in the background; an order that is
+            carried out without a vault ends before they would be made.
 
     Raises:
         BusyError: another process is at it.
         InputError, ChainError: file and reason.
     """
 
-    def __init__(self, place: Place, wait_seconds: float = 0.0) -> None:
+    def __init__(self, place: Place, wait_seconds: float = 0.0, *, serving: bool = False) -> None:
         self.place = place
+        self._ready = self.prepare if serving else _nothing
         self.site = site = place.site
         with ExitStack() as opened:
-            opened.callback(os.close, _alone(place, wait_seconds))
+            opened.enter_context(alone(place.state / "office.lock", wait_seconds))
             self.ledger = Ledger(site.state / "ledger.db")
             opened.callback(self.ledger.close)
             self.events = EventLog(place.events)
@@ -108,7 +105,7 @@ class Office:
             self.ledger,
             self.events,
             self.metrics,
-            ready=self.prepare,
+            ready=self._ready,
             facts=self._facts,
         )
 
@@ -122,7 +119,7 @@ class Office:
             identity=SigningKey.load(self.place.identity, passphrase()),
             nonces=Nonces(self.site.state / "nonces.db"),
             events=self.events,
-            ready=self.prepare,
+            ready=self._ready,
         )
 
     def prepare(self, study: Study) -> None:
@@ -156,21 +153,8 @@ class Office:
         }
 
 
-def _alone(place: Place, wait_seconds: float) -> int:
-    """Return a descriptor that holds the office until it is closed, or its process ends."""
-    path = place.state / "office.lock"
-    held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    end = time.monotonic() + wait_seconds
-    while True:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                os.close(held)
-                raise BusyError(f"{place.path}: another command, or the vault, has it") from None
-            time.sleep(PAUSE_SECONDS)
-        else:
-            return held
+def _nothing(study: Study) -> None:
+    pass
 
 
 def serve(place: Place) -> None:
@@ -184,7 +168,7 @@ def serve(place: Place) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     logs.configure(place.site.state / "vault.log")
-    with Office(place, BUSY_SECONDS) as office:
+    with Office(place, BUSY_SECONDS, serving=True) as office:
         office.separations = separations(place)
         require_apart(place, office.separations)
         courier = place.courier_user

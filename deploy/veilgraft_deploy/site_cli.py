@@ -105,14 +105,18 @@ def _courier(named: str | None) -> str | int | None:
 @app.command()
 def check(
     folder: Folder,
-    study: Annotated[Path | None, typer.Option(help="A study file; else all known ones.")] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(help="A study file, or a proposed one's digest; else all approved."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Look for what is wrong here, and say what to do; for the site's eyes only."""
     from veilgraft_deploy import doctor
     from veilgraft_deploy.place import Place
 
-    facts, problems = doctor.check(Place.open(folder), study)
+    place = Place.open(folder)
+    facts, problems = doctor.check(place, doctor.named(place, study) if study else None)
     show({**facts, **({"problems": problems} if as_json else {})}, as_json)
     if problems:
         raise InputError(*problems)
@@ -147,7 +151,7 @@ def approve(
     as_json: AsJson = False,
 ) -> None:
     """Approve a proposed study, or a coordinator's new key; without a name, show what waits."""
-    from veilgraft_deploy import joining
+    from veilgraft_deploy import doctor, joining
     from veilgraft_deploy.office import order
     from veilgraft_deploy.place import Place
 
@@ -159,12 +163,20 @@ def approve(
         show(joining.accept_rotation(place, Path(what), ask=not yes), as_json)
         return
     if not yes:
-        known = order(place, "status")
-        waiting = {each["study"]: each for each in known["proposed"]}
-        show(waiting.get(what, {"study": what}), as_json=False)
+        show(doctor.price(place, what), as_json=False)
         if not typer.confirm("Approve this study?", err=True):
             raise RefusedError(Refusal.STUDY_NOT_APPROVED, f"{what}: not approved")
     show(order(place, "approve", what), as_json)
+
+
+@app.command()
+def reject(
+    folder: Folder,
+    digest: Annotated[str, typer.Argument(help="The study's digest.")],
+    as_json: AsJson = False,
+) -> None:
+    """Let go of a study that was proposed."""
+    _ordered(folder, "reject", digest, as_json)
 
 
 @app.command()

@@ -26,7 +26,7 @@ from veilgraft.study import Kind, Study
 from veilgraft_server import checkpoint, evaluation, rounds
 from veilgraft_server.aggregation import largest_norm, validated
 from veilgraft_server.checkpoint import Drop, Progress, Round
-from veilgraft_server.post import Asked, Post
+from veilgraft_server.post import REFUSED, Asked, Post
 from veilgraft_server.sites import Sites
 
 log = logging.getLogger(__name__)
@@ -197,6 +197,7 @@ def _ask(
     drops = [Drop(named[node], reason) for node, reason in answers.failed.items()]
     for drop in drops:
         log.warning("%s: %s dropped: %s", drop.site, kind, drop.reason)
+    sites.doubt(node for node, reason in answers.failed.items() if reason.startswith(REFUSED))
     return found, sorted(drops, key=lambda drop: drop.site)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from veilgraft.config import canonical
-from veilgraft.durable import write_atomically
+from veilgraft.durable import alone, write_atomically
 from veilgraft.errors import VeilgraftError
 from veilgraft.events import EventLog
 from veilgraft.identity import PublicKey, SigningKey, passphrase
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 MAX_DROPS, MAX_REASON = 8, 60
 """Drops of a round that the event log tells of, and characters of each."""
 
+ALONE_SECONDS = 60.0
+"""For which another process is waited for that still is at the run."""
+
 PATIENCE_SECONDS = 30 * 24 * 3600.0
 """For which a quorum of sites is waited for: people there have to approve first."""
 
@@ -45,7 +48,11 @@ def conduct(folder: Path, run: str, grid: Grid) -> None:
     place = Folder.open(folder)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    with contextlib.closing(EventLog(place.run_events)) as events:
+    # Flower may start the run again while a process of the last attempt still ends.
+    with (
+        alone(place.run_lock, ALONE_SECONDS),
+        contextlib.closing(EventLog(place.run_events)) as events,
+    ):
         try:
             _conduct(place, run, grid, events)
         except VeilgraftError as error:

@@ -44,8 +44,8 @@ FLEET_CALLS = (
 """All that passes the edge: `POST /v1/fleet/` and one of these."""
 
 AUTH_HEADERS = (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
-MAX_OBJECTS = 32
-"""Objects that one reply may be made of."""
+MAX_OBJECTS, MAX_REPLY = 32, 72 << 20
+"""Objects that one reply may be made of, and bytes of them; a vault's answer has at most 65 MiB."""
 
 _REQUESTS: Mapping[str, type[Message]] = {
     "activate-node": fleet_pb2.ActivateNodeRequest,
@@ -164,7 +164,8 @@ def _is_own(caller: Caller, call: str, request: Any, ownership: Ownership) -> bo
         case "push-messages":
             return _is_reply(node, request, ownership)
         case "push-object":
-            return ownership.may_push(*_pushed(caller, request))
+            further = len(request.object_content)
+            return ownership.may_push(*_pushed(caller, request), further, MAX_REPLY)
     return False
 
 
@@ -191,7 +192,7 @@ def learn(caller: Caller, call: str, request: Any, answer: bytes, ownership: Own
             ownership.ask(node, message, asked.session_id, list(asked.objects_to_push))
         case "push-object":
             if _parsed(message_pb2.PushObjectResponse, answer).stored:
-                ownership.store(*_pushed(caller, request))
+                ownership.store(*_pushed(caller, request), len(request.object_content))
 
 
 def _is_reply(node: int, request: Any, ownership: Ownership) -> bool:

@@ -184,6 +184,11 @@ class Folder:
         return self.path / "events.db"
 
     @property
+    def run_lock(self) -> Path:
+        """Held by the one process that is at the run."""
+        return self.run / "lock"
+
+    @property
     def run_events(self) -> Path:
         """What the run did: the executor's event log."""
         return self.run / "events.db"

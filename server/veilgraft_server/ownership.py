@@ -138,21 +138,30 @@ class Ownership:
                 rows,
             )
 
-    def may_push(self, node: int, run: int, session: str, name: str) -> bool:
-        """Return whether the node was asked for this object in this session."""
-        return self._any(_ASKED, str(node), str(run), session, name)
+    def may_push(self, node: int, run: int, session: str, name: str, size: int, most: int) -> bool:
+        """Return whether the node was asked for this object in this session.
+
+        Args:
+            size, most: bytes of the object, and of the whole reply at most.
+        """
+        total = (
+            "(SELECT coalesce(sum(others.stored), 0) FROM asked AS others"
+            " WHERE others.seq = messages.seq AND others.object != asked.object)"
+        )
+        values = (str(node), str(run), session, name)
+        return self._any(f"{_ASKED} AND {total} + ? <= ?", *values, size, most)
 
     def was_stored(self, node: int, run: int, session: str, name: str) -> bool:
         """Return whether that object arrived already."""
         return self._any(f"{_ASKED} AND stored", str(node), str(run), session, name)
 
-    def store(self, node: int, run: int, session: str, name: str) -> None:
-        """Note that the object arrived."""
+    def store(self, node: int, run: int, session: str, name: str, size: int) -> None:
+        """Note that the object, of so many bytes, arrived."""
         with self._transaction():
             self._db.execute(
-                "UPDATE asked SET stored = 1 WHERE object = ? AND seq IN"
+                "UPDATE asked SET stored = ? WHERE object = ? AND seq IN"
                 " (SELECT seq FROM messages WHERE node = ? AND run = ? AND session = ?)",
-                (name, str(node), str(run), session),
+                (max(1, size), name, str(node), str(run), session),
             )
 
     @contextmanager
@@ -160,7 +169,7 @@ class Ownership:
         with self._lock, transaction(self._db):
             yield
 
-    def _any(self, where: str, *values: str) -> bool:
+    def _any(self, where: str, *values: str | int) -> bool:
         query = f"SELECT 1 FROM {where} LIMIT 1"  # noqa: S608 (constants of this file)
         with self._lock:
             return self._db.execute(query, values).fetchone() is not None

@@ -54,6 +54,9 @@ AWAY_SECONDS = 90.0
 SKEW_SECONDS = 300
 """By which a site's clock may be ahead."""
 
+REFUSED = "refused"
+"""How the reason begins why a site's own no does not count."""
+
 Name = TypeVar("Name")
 Checked = TypeVar("Checked")
 Check = Callable[[Reply, bytes], Checked]
@@ -254,7 +257,7 @@ class Post:
         if not isinstance(question, Hello) and answer.site != question.site:
             raise MessageError("the header does not fit the site")
         if isinstance(answer, Refused):
-            raise MessageError(f"refused: {answer.code}")
+            raise MessageError(f"{REFUSED}: {answer.code}")
         if answer.payload != messages.digest(envelope.payload):
             raise MessageError("the header does not fit the payload")
         return answer, envelope.payload

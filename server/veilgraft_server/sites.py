@@ -7,7 +7,7 @@ come late are greeted between rounds, and take part from the next.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -130,6 +130,13 @@ class Sites:
         for node in new:
             fruitless = node in slow or node not in found
             self._fruitless[node] = self._fruitless.get(node, 0) + 1 if fruitless else 0
+
+    def doubt(self, nodes: Iterable[int]) -> None:
+        """Greet nodes anew that said no: they may have lost the backbone, or the approval."""
+        for node in nodes:
+            self.ready.pop(node, None)
+            if not self._fruitless.get(node):
+                self._greeted.pop(node, None)
 
     def _is_due(self, node: int, now: float) -> bool:
         """Whether a node is to be greeted; one that keeps the others waiting, ever less often."""

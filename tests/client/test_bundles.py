@@ -529,6 +529,9 @@ def test_every_file_is_hashed_at_each_call(store: Bundles) -> None:
     weights.write_bytes(bytes(data))
     with pytest.raises(InputError, match=r"backbone\.digest: expected"):
         store.path(DIGEST)
+    # What is rotten is told to nobody as being here.
+    assert not store.has(DIGEST)
+    send(store, DEMO)
     # A link, even to the right bytes, is no file of ours.
     weights.unlink()
     weights.symlink_to(DEMO / WEIGHTS)

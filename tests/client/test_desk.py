@@ -79,6 +79,16 @@ def test_withdrawing_serves_no_longer_and_approving_again_costs_nothing(own: Par
     assert [kind for kind, _ in own.told()] == ["approved", "answered", "withdrawn", "approved"]
 
 
+def test_what_was_proposed_may_be_rejected_and_what_was_approved_may_not(own: Party) -> None:
+    assert own.desk.do("reject", proposed(own)) == {"rejected": CONTRACT.digest}
+    assert own.studies.proposed() == {}
+    assert own.told() == [("rejected", {"study": CONTRACT.digest})]
+    own.desk.do("approve", proposed(own))
+    with pytest.raises(InputError, match="no proposed study"):
+        own.desk.do("reject", CONTRACT.digest)
+    assert list(own.vault.approved) == [CONTRACT.digest]
+
+
 def test_purging_removes_features_and_backbones_and_keeps_books_and_keys(own: Party) -> None:
     own.desk.do("approve", proposed(own))
     own.bundles.add(BACKBONE, DIGEST)

@@ -47,7 +47,7 @@ def test_a_withdrawn_study_waits_again(tmp_path: Path) -> None:
 def test_what_nobody_proposed_can_t_be_approved(tmp_path: Path, digest: str) -> None:
     own = Studies(tmp_path)
     own.propose(payload())
-    for refuse in (own.approve, own.find, own.withdraw):
+    for refuse in (own.approve, own.find, own.withdraw, own.reject):
         with pytest.raises(InputError, match=r"no .*study has this digest"):
             refuse(digest)
 
@@ -98,11 +98,14 @@ def test_so_many_wait_and_the_next_is_told_what_to_do(tmp_path: Path) -> None:
     for index in range(MAX_PROPOSALS):
         own.propose(payload(f"s{index}"))
     own.propose(payload("s0"))
-    with pytest.raises(RefusedError, match=r"remove the rest from .*proposals") as refused:
+    with pytest.raises(RefusedError, match="veilgraft site reject") as refused:
         own.propose(payload("more"))
     assert refused.value.code == "unavailable"
     own.approve(study(name="s0").digest)
     own.propose(payload("more"))
+    own.reject(study(name="s1").digest)
+    own.propose(payload("one-more"))
+    assert study(name="s1").digest not in own.proposed()
 
 
 def test_threads_propose_no_more_than_one_would(

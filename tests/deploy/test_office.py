@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.client.gated import BACKBONE, study
 
+from veilgraft.config import canonical
+from veilgraft.durable import BusyError
+from veilgraft.errors import RefusedError
 from veilgraft.identity import SigningKey
 from veilgraft.invitation import Coordinator
+from veilgraft.study import Study
 from veilgraft_deploy import office
-from veilgraft_deploy.office import BusyError, Office, order
+from veilgraft_deploy.office import Office, order
 from veilgraft_deploy.place import Place, pin
 
 CA = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
@@ -34,7 +39,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 def test_a_second_process_is_told_that_the_folder_is_taken(place: Place) -> None:
-    with Office(place), pytest.raises(BusyError, match="another command, or the vault, has it"):
+    with Office(place), pytest.raises(BusyError, match="another process has it"):
         Office(place)
     with Office(place):
         pass
@@ -65,3 +70,24 @@ def test_an_order_gives_up_where_nobody_lets_go(
     monkeypatch.setattr(office, "BUSY_SECONDS", 0.5)
     with Office(place), pytest.raises(BusyError):
         order(place, "status")
+
+
+def test_an_order_makes_no_features_behind_the_back_of_who_gave_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A thread that is in a library when its process ends takes the process down with it.
+    contract, made = study(), list[Study]()
+    monkeypatch.setattr(Office, "prepare", lambda self, study: made.append(study))
+    order(place, "propose", canonical(contract.canonical))
+    with Office(place) as opened:
+        opened.bundles.add(BACKBONE, contract.backbone.digest)
+    with pytest.raises(RefusedError, match="over budget"):
+        order(place, "approve", contract.digest)
+    weak = study(privacy={"noise_multiplier": 50.0})
+    order(place, "propose", canonical(weak.canonical))
+    order(place, "approve", weak.digest)
+    assert made == []
+    order(place, "withdraw", weak.digest)
+    with Office(place, serving=True) as serving:
+        serving.desk.do("approve", weak.digest)
+    assert made == [weak]

@@ -24,6 +24,7 @@ from tests.server.superlink import (
 )
 
 from veilgraft.identity import SigningKey
+from veilgraft_server import fleet
 from veilgraft_server.edge import ENROL, HEALTH, OBJECT_BYTES
 from veilgraft_server.fleet import MAX_OBJECTS
 from veilgraft_server.registry import Registry
@@ -230,6 +231,26 @@ def test_a_site_can_reply_only_once_to_what_it_was_given_and_push_only_that(
     masked.metadata.__dict__["_message_id"] = masked.object_id
     assert thief.push(masked).status_code == 403
     assert thief.push(honest).status_code == 200
+
+
+def test_a_reply_takes_no_more_than_so_many_bytes(
+    pair: tuple[Site, Site], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, _ = pair
+    run.send(site.node_id, "question")
+    message, _ = site.pull()
+    reply = reply_to(message, "an answer of its own")
+    objects = contents(reply)
+    monkeypatch.setattr(fleet, "MAX_REPLY", sum(map(len, objects.values())) - 1)
+    asked = fleet_pb2.PushMessagesResponse.FromString(site.push(reply).content)
+    codes = [
+        site.push_object(run.id, asked.session_id, name, content).status_code
+        for name, content in objects.items()
+    ]
+    assert codes == [200] * (len(objects) - 1) + [403]
+    monkeypatch.undo()
+    name, content = list(objects.items())[-1]
+    assert site.push_object(run.id, asked.session_id, name, content).status_code == 200
 
 
 def _tree(reply: Any, names: list[str]) -> message_pb2.ObjectTree:

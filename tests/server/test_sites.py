@@ -306,6 +306,24 @@ def test_a_site_that_left_is_asked_no_more_while_the_quorum_holds(tmp_path: Path
         assert own.ready == {A: "a", B: "b"}
 
 
+def test_a_site_that_said_no_is_greeted_anew_and_gets_what_it_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = contract(1)
+    monkeypatch.setattr(greeting, "GREETING_SECONDS", 60.0)
+    with network(tmp_path, "a", "b") as net:
+        ready(net, asked, A, B)
+        own = sites(net, asked)
+        own.refresh()
+        net.parties[A].bundles.purge()
+        net.parties[B].desk.do("withdraw", asked.digest)
+        own.doubt([A, B])
+        assert own.ready == {}
+        own.refresh(windows=64)
+        assert own.ready == {A: "a"}
+        assert net.parties[A].bundles.path(DIGEST).is_dir()
+
+
 def test_a_site_without_a_weight_is_left_out(tmp_path: Path) -> None:
     asked = contract(weights={"b": 1.0})
     with network(tmp_path, "a", "b") as net:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import yaml
 from tests.system.command import DEMO, one_sentence, report_of, veilgraft, written
 
-from veilgraft.study import DataSource, Task
+from veilgraft.plan import plan
+from veilgraft.study import DataSource, Study, Task
 from veilgraft_client import dataset
-from veilgraft_client.ledger import Ledger
+from veilgraft_client.ledger import Ledger, Terms
+from veilgraft_client.policy import Site
 
 ROWS_OF_A_PERSON = 3
 LABELS = [str(digit) for digit in range(10)]
@@ -351,6 +354,19 @@ def test_a_site_looks_at_its_own_records_and_is_warned_of_near_equal_ids(
     told = json.loads(veilgraft(*command, "--json").stdout)["refused"]
     assert "would come to ε = 3 at δ = 2e-05; the cap is 2.9" in told
     assert not (tmp_path / "state" / "ledger.db").exists()
+    assert not list((tmp_path / "state").glob(".trial-*"))
+    # What was granted counts, and a trial changes nothing of it.
+    site["limits"] = {"max_epsilon": 3.5}
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
+    with closing(Ledger(tmp_path / "state" / "ledger.db")) as ledger:
+        longer = written(tmp_path / "b", training={"rounds": 5}, privacy=PERSON)
+        contract = Study.read(longer)
+        terms = Terms(3.5, 2e-5, 0.25, Site.read(tmp_path / "site.yaml").unit(contract))
+        ledger.grant("ward-7", contract.digest, plan(contract), terms, units=200)
+        before = ledger.head()
+        told = json.loads(veilgraft(*command, "--json").stdout)["refused"]
+        assert "the cap is 3.5" in told
+        assert ledger.head() == before
 
 
 def test_a_folder_is_run_by_one_process_at_a_time(tmp_path: Path, records: Path) -> None:
