@@ -140,3 +140,12 @@ def test_no_command_is_without_its_help() -> None:
         "anchor",
     ):
         assert name in out.getvalue()
+
+
+def test_every_test_that_security_md_names_is_there() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[a-z_/]+\.py)(?:::(test_\w+))?`", text)
+    assert len([name for _, name in named if name]) > 20
+    for path, name in named:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert not name or f"def {name}(" in source, f"{path}::{name}"

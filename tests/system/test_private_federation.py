@@ -254,6 +254,50 @@ def test_the_couriers_user_can_open_nothing_of_the_vaults(private: Federation) -
     assert found["opened"] == [str(path) for path in own]
 
 
+WRITTEN = """
+import json, os, sys
+told = []
+for path in json.loads(sys.argv[1]):
+    try:
+        if os.path.isdir(path):
+            os.rmdir(os.mkdir(path + "/planted") or path + "/planted")
+        else:
+            os.close(os.open(path, os.O_WRONLY))
+    except OSError:
+        continue
+    told.append(path)
+print(json.dumps({"written": told}))
+"""
+
+
+def test_the_edges_user_can_write_nothing_that_the_executor_trusts(private: Federation) -> None:
+    place = private.coordinator
+    private.wait_for(lambda: bool(private.rounds()), END_SECONDS, "a round")
+    edge = private.process("edge")
+    assert edge is not None
+    uid, gid = user_of(edge.pid)
+    trusted = [place.path, place.run, place.identities.parent, place.home, place.tls]
+    trusted += [place.config, place.path / "study.yaml", place.signing_key, place.identities]
+    trusted += [place.checkpoint, place.met, place.run_events, place.events, place.secret]
+    assert place.study.backbone.path is not None
+    trusted += [place.study.backbone.path, *place.study.backbone.path.iterdir()]
+    assert all(path.exists() for path in trusted)
+    own = [place.registry]
+    user = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups"]
+    for script, named in ((WRITTEN, "written"), (OPENED, "opened")):
+        asked = [*trusted, *own] if named == "written" else [place.signing_key, *own]
+        paths = json.dumps([str(path) for path in asked])
+        found = inside(private, "edge", "--net", *user, sys.executable, "-I", "-c", script, paths)
+        assert found == {named: [str(path) for path in own]}
+
+
+def user_of(pid: int) -> tuple[str, str]:
+    """Return a process's user and group."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    status = {name: value.split() for name, _, value in (each.partition(":") for each in lines)}
+    return status["Uid"][1], status["Gid"][1]
+
+
 # Once it has ended.
 
 
