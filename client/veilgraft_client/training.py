@@ -16,8 +16,6 @@ another's gradient: by its whole length through two hidden layers, and beyond th
 slack with none, which is why linear heads are computed like this too.
 """
 
-import logging
-import math
 from typing import Any
 
 import numpy as np
@@ -34,9 +32,7 @@ from veilgraft.model.tasks import TaskType, unit_losses
 from veilgraft.privacy import mechanism
 from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
-from veilgraft_client.policy import LARGEST
-
-log = logging.getLogger(__name__)
+from veilgraft_client.steps import Steps
 
 PHYSICAL_INSTANCES = 4096
 """Instances that are in memory at once; speed, not privacy."""
@@ -60,7 +56,9 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         sigma: noise multiplier.
         clip: L2 bound on one unit's gradient.
         normaliser: public constant by which a noised sum is divided.
-        source: noise of this release alone.
+
+    Attributes:
+        normals: standard normals for the next step, from the release's own source, used once.
     """
 
     def __init__(
@@ -69,7 +67,6 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         sigma: float,
         clip: float,
         normaliser: float,
-        source: NoiseSource,
     ) -> None:
         super().__init__(
             optimizer,
@@ -79,7 +76,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
             loss_reduction="sum",
         )
         self._normaliser = normaliser
-        self._source = source
+        self.normals: Tensor | None = None
         self._parameters = self.params
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self._forget()
@@ -105,8 +102,10 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
     def add_noise(self) -> None:
         """Noise the sum on the grid, and divide it by the public normaliser, never by a count."""
         self._close_partial()
+        assert self.normals is not None
         noise, clip = self.noise_multiplier, self.max_grad_norm
-        mean = mechanism.noised(self._total, clip, noise, self._source) / self._normaliser
+        mean = mechanism.noised_with(self._total, clip, noise, self.normals) / self._normaliser
+        self.normals = None
         parts = torch.split(mean, self._sizes)
         for parameter, part in zip(self._parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
@@ -125,6 +124,8 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 
 class PlainOptimizer:
     """The same steps without clipping and noise: not private."""
+
+    normals: Tensor | None = None
 
     def __init__(self, optimizer: torch.optim.Optimizer, normaliser: float) -> None:
         self._optimizer = optimizer
@@ -150,40 +151,16 @@ class PlainOptimizer:
         self._optimizer.zero_grad(set_to_none)
 
 
-class Trainer:
-    """Trains one site's head on its features; keeps the wrapped head between rounds.
-
-    Args:
-        sigma: noise multiplier of every step; zero where the study is not private.
-        units: how many the site declared to train on; never a measured number.
-    """
+class Trainer(Steps):
+    """Trains one site's head on its features with Opacus; keeps the wrapped head between rounds."""
 
     def __init__(self, study: Study, features: Features, *, sigma: float, units: float) -> None:
-        self.study = study
-        self.features = features
-        self.sigma = sigma
-        self.normaliser = units * (study.training.sample_rate or 1.0)
-        if study.private:
-            # Settings that the mechanism can't keep its promise for stop here, before a round is
-            # paid.
-            shapes = heads.shapes(study.head, self.dim, len(study.task.labels))
-            dimension = sum(math.prod(shape) for shape in shapes.values())
-            mechanism.grid(study.privacy.clip_norm, sigma, dimension)
-            if len(features) > mechanism.MAX_UNITS:
-                raise ValueError(f"expected at most {mechanism.MAX_UNITS} units")
-        self._used = _usable(features)
-        if spoilt := int((~self._used).sum()):
-            log.warning("%d units count for nothing: features not finite or too large", spoilt)
+        super().__init__(study, features, sigma=sigma, units=units)
         self._source: NoiseSource | None = None
         labels = len(study.task.labels)
         head = heads.module(study.head, self.dim, labels, self._keep, rowwise=study.private)
         self.head = _per_unit(head) if study.private else head
         self._at_once = self._units_at_once(head)
-
-    @property
-    def dim(self) -> int:
-        """Features per instance."""
-        return self.features.values.shape[-1]
 
     def update(
         self, start: heads.Arrays, rate: float, source: NoiseSource
@@ -199,34 +176,35 @@ class Trainer:
         heads.load(self.head, start)
         self.head.train()
         self._source = source
-        optimizer = self._optimizer(rate, source)
-        training = self.study.training
-        if training.sample_rate is None:
-            self._accumulate(optimizer, self._used.nonzero().flatten())
-            optimizer.pre_step()
-            result = {name: _array(p.grad) for name, p in self._parameters()}
-        else:
-            for _ in range(training.local_steps):
-                taken = source.bernoulli(len(self.features), training.sample_rate)
-                self._accumulate(optimizer, (taken & self._used).nonzero().flatten())
+        optimizer = self._optimizer(rate)
+        for count in self.blocks:
+            drawn = self.draw(source, count)
+            for step in range(count):
+                self._accumulate(optimizer, drawn.taken[step].nonzero().flatten())
+                optimizer.normals = None if drawn.normals is None else drawn.normals[step]
+                if not self.study.training.sampled:
+                    optimizer.pre_step()
+                    found = {name: _array(p.grad) for name, p in self._parameters()}
+                    break
                 optimizer.step()
-            result = {name: _array(p) - start[name] for name, p in self._parameters()}
+        if self.study.training.sampled:
+            found = {name: _array(p) - start[name] for name, p in self._parameters()}
         optimizer.zero_grad(set_to_none=True)
         self._source = None
-        return result
+        return found
 
     def _keep(self, count: int, probability: float) -> Tensor:
         assert self._source is not None
         return self._source.bernoulli(count, probability)
 
-    def _optimizer(self, rate: float, source: NoiseSource) -> "PrivateOptimizer | PlainOptimizer":
+    def _optimizer(self, rate: float) -> "PrivateOptimizer | PlainOptimizer":
         training = self.study.training
         momentum = training.momentum if training.sampled else 0.0
         sgd = torch.optim.SGD(self.head.parameters(), lr=rate, momentum=momentum)
         if not self.study.private:
             return PlainOptimizer(sgd, self.normaliser)
         clip = self.study.privacy.clip_norm
-        return PrivateOptimizer(sgd, self.sigma, clip, self.normaliser, source)
+        return PrivateOptimizer(sgd, self.sigma, clip, self.normaliser)
 
     def _units_at_once(self, head: torch.nn.Module) -> int:
         parameters = sum(parameter.numel() for parameter in head.parameters())
@@ -248,13 +226,6 @@ class Trainer:
 
     def _parameters(self) -> list[tuple[str, Any]]:
         return [(n.removeprefix("_module."), p) for n, p in self.head.named_parameters()]
-
-
-def _usable(features: Features) -> Tensor:
-    """Tell which units hold nothing but numbers of a size to compute with, bool `(units,)`."""
-    largest = features.values.abs().amax(dim=2)
-    # Written so that NaN fails; what a masked instance holds makes no difference.
-    return ((largest <= LARGEST) | ~features.mask).all(dim=1)
 
 
 def _losses(task: TaskType, outputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

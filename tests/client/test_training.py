@@ -3,6 +3,7 @@
 import math
 import pickle
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from veilgraft.privacy import mechanism
 from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
 from veilgraft_client import training
+from veilgraft_client.fused import Fused
 from veilgraft_client.policy import LARGEST
 from veilgraft_client.training import PrivateOptimizer, Trainer
 
@@ -41,15 +43,16 @@ class Step(NamedTuple):
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     """Every sum that reaches the noise, in order."""
     seen: list[Step] = []
-    real = mechanism.noised
+    real = mechanism.noised_with
 
     def watched(
-        total: torch.Tensor, clip_norm: float, noise_multiplier: float, source: NoiseSource
+        totals: torch.Tensor, clip_norm: float, noise_multiplier: float, normals: torch.Tensor
     ) -> torch.Tensor:
-        seen.append(Step(total.clone().numpy(), clip_norm, noise_multiplier))
-        return real(total, clip_norm, noise_multiplier, source)
+        for total in totals.view(-1, totals.shape[-1]).clone():
+            seen.append(Step(total.numpy(), clip_norm, noise_multiplier))
+        return real(totals, clip_norm, noise_multiplier, normals)
 
-    monkeypatch.setattr(mechanism, "noised", watched)
+    monkeypatch.setattr(mechanism, "noised_with", watched)
     return seen
 
 
@@ -113,8 +116,23 @@ def zeros(contract: Study, dim: int = DIM) -> dict[str, Array]:
     return {name: np.zeros_like(array) for name, array in start(contract, dim).items()}
 
 
-def trainer(contract: Study, held: Features, declared: int = 50) -> Trainer:
-    return Trainer(contract, held, sigma=SIGMA if contract.private else 0.0, units=declared)
+Engine = type[Trainer] | type[Fused]
+
+
+@pytest.fixture(params=[Trainer, Fused], ids=["opacus", "fused"], autouse=True)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """What `trainer` makes; every test runs with each."""
+    chosen: Engine = request.param
+    monkeypatch.setattr(sys.modules[__name__], "ENGINE", chosen)
+    return chosen
+
+
+ENGINE: Engine = Trainer
+only_opacus = pytest.mark.parametrize("engine", [Trainer], ids=["opacus"], indirect=True)
+
+
+def trainer(contract: Study, held: Features, declared: int = 50) -> Trainer | Fused:
+    return ENGINE(contract, held, sigma=SIGMA if contract.private else 0.0, units=declared)
 
 
 def flat(arrays: heads.Arrays) -> Array:
@@ -161,16 +179,20 @@ def reference(contract: Study, held: Features, rate: float, declared: int) -> Ar
     gradients = linear_gradients if contract.head.type == "linear" else mlp_gradients
     head, own, told = start(contract), source(), contract.training
     velocity, probability = np.zeros(len(flat(head))), told.sample_rate or 1.0
-    for _ in range(told.local_steps):
+    steps = told.local_steps
+    if told.sample_rate is not None:
+        taken = own.bernoulli(steps * len(held), probability).view(steps, -1).numpy()
+    noise = own.normal(steps * len(velocity)).view(steps, -1).numpy()
+    for step in range(steps):
         rows = gradients(contract, held, head)
         if told.sample_rate is not None:
-            rows = rows[own.bernoulli(len(held), probability).numpy()]
+            rows = rows[taken[step]]
         if contract.private:
             norms = np.linalg.norm(rows, axis=1, keepdims=True)
             rows = rows * np.minimum(1, CLIP * (1 - 1e-6) / norms.clip(1e-300))
         total = rows.sum(0)
         if contract.private:
-            total = total + SIGMA * CLIP * own.normal(len(total)).numpy()
+            total = total + SIGMA * CLIP * noise[step]
         gradient = total / (declared * probability)
         if told.sample_rate is None:
             return np.asarray(gradient)
@@ -356,6 +378,7 @@ def test_what_a_masked_instance_holds_has_no_effect(contract: Study) -> None:
     np.testing.assert_array_equal(first, second)
 
 
+@only_opacus
 @pytest.mark.parametrize("head", [None, MLP], ids=["linear", "mlp"])
 def test_units_in_memory_at_once_do_not_matter(
     steps: list[Step], monkeypatch: pytest.MonkeyPatch, head: dict[str, Any] | None
@@ -440,6 +463,7 @@ def gradients(contract: Study, held: Features, seen: list[torch.Tensor]) -> torc
     return torch.cat(seen)
 
 
+@only_opacus
 @pytest.mark.parametrize("task", ["classification", "multilabel"])
 @pytest.mark.parametrize("instances", [1, 3])
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
@@ -458,6 +482,7 @@ def test_a_units_gradient_is_the_same_to_the_last_bit_whoever_else_is_there(
         assert torch.equal(fewer, together[first:last])
 
 
+@only_opacus
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 def test_a_units_gradient_is_the_same_to_the_last_bit_on_any_number_of_threads(
     units_gradients: list[torch.Tensor], threads: Callable[[int], None], head: dict[str, Any]
@@ -527,13 +552,15 @@ def test_one_unit_does_not_move_anothers_gradient_through_a_linear_head_made_to_
     assert np.linalg.norm(steps[0].total - steps[1].total) <= CLIP
 
 
+@only_opacus
 def test_small_batches_are_added_up_so_that_rounding_stays_within_its_bound(
     steps: list[Step],
 ) -> None:
     """Units too small to be seen beside the first: in one running sum all of them would be lost."""
     parameter, small, count = torch.nn.Parameter(torch.zeros(1).double()), 2.0**-56, 5000
     sgd = torch.optim.SGD([parameter], lr=1.0)
-    optimizer = PrivateOptimizer(sgd, SIGMA, CLIP, 1.0, source())
+    optimizer = PrivateOptimizer(sgd, SIGMA, CLIP, 1.0)
+    optimizer.normals = source().normal(1)
     for value in (CLIP / 2, *[small] * count):
         parameter.grad_sample = torch.tensor([[value]], dtype=torch.float64)  # type: ignore[attr-defined]
         optimizer.clip_and_accumulate()
@@ -543,6 +570,7 @@ def test_small_batches_are_added_up_so_that_rounding_stays_within_its_bound(
     assert 0 < lost < 1100 * small
 
 
+@only_opacus
 @pytest.mark.parametrize("head", [None, MLP], ids=["linear", "mlp"])
 @pytest.mark.parametrize("instances", [1, 2, 50])
 def test_gradients_in_memory_at_once_are_bounded(

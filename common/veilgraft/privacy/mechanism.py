@@ -161,8 +161,34 @@ def noised(total: Tensor, clip_norm: float, noise_multiplier: float, source: Noi
     # Written so that NaN fails; the message keeps the value to itself.
     if not bool((total.abs() <= MAX_UNITS * clip_norm).all()):
         raise ValueError("total: expected a finite sum of clipped gradients")
-    noise = source.normal(len(total)).mul_(noise_multiplier * clip_norm / step).round_()
-    return (total / step).round_().add_(noise.to(total.device)).mul_(step)
+    normals = source.normal(len(total)).to(total.device)
+    return _on_grid(total, normals, noise_multiplier * clip_norm, step)
+
+
+def noised_with(
+    totals: Tensor, clip_norm: float, noise_multiplier: float, normals: Tensor
+) -> Tensor:
+    """Do what `noised` does for many sums at once, with normals that were drawn in a block.
+
+    A sum that clipped units can't add up to becomes NaN as a whole: to find out would have the
+    host wait for the device. What is not finite must not be released.
+
+    Args:
+        totals: float64 `(..., dimension)`.
+        normals: of the same shape and device; of one release's source for each sum, used once.
+
+    Raises ValueError if a setting is out of `grid`'s range.
+    """
+    step = grid(clip_norm, noise_multiplier, totals.shape[-1])
+    # Written so that NaN fails.
+    possible = (totals.abs() <= MAX_UNITS * clip_norm).all(-1, keepdim=True)
+    released = _on_grid(totals, normals, noise_multiplier * clip_norm, step)
+    return torch.where(possible, released, math.nan)
+
+
+def _on_grid(totals: Tensor, normals: Tensor, deviation: float, step: float) -> Tensor:
+    noise = (normals * (deviation / step)).round_()
+    return (totals / step).round_().add_(noise).mul_(step)
 
 
 def _block_sum(rows: Sequence[Tensor], clip_norm: float) -> Tensor:

@@ -1,0 +1,396 @@
+"""The fused engine: one site's steps, or many sites', as a few large products.
+
+It computes what `training.Trainer` does with Opacus, without per-unit gradients. Of a unit with
+one instance the gradient of a layer is an outer product δxᵀ, whose norm is ‖δ‖·‖x‖; of several,
+its square is the sum of the products of two small Gram matrices, of the δ and of the x (Goodfellow
+2015, Efficient per-example gradient computations; Li, Tramèr, Liang & Hashimoto 2022, Large
+language models can be strong differentially private learners, §4). So the clip factors are known
+before any gradient is formed, and the clipped sum is one matrix product.
+
+Guarantee: that of `training`. What has to be a unit's own to the last bit is δ, and with it the
+layers' outputs: they are `exact.product`s, of activations that are cut to 24 bits, and functions
+that torch computes alike for every row. All else is within the mechanism's slack:
+
+- A norm is off by a few roundings, relatively; of several instances, of the *sum* of their norms,
+  which where they cancel is far more than the unit's. So a unit whose instances' norms add up to
+  more than `CANCELLED` times its own is clipped the plain way, from its gradient itself.
+- Summing n units adds at most n C `CANCELLED` of length, each part in at most 2,050 additions, for
+  which the mechanism's proof has room while n `CANCELLED` is at most `MAX_UNITS`; `fits` says so.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from veilgraft.model import exact
+from veilgraft.model import head as heads
+from veilgraft.model.features import Features
+from veilgraft.privacy import mechanism
+from veilgraft.privacy.noise import NoiseSource
+from veilgraft.study import Study
+from veilgraft_client.steps import Steps
+
+CANCELLED = 16
+"""By how much a unit's instances may cancel before its gradient is formed."""
+
+ROWS = 1024
+"""Instances in one product, for which the mechanism's bound on additions is proved."""
+
+NUMBERS = 2**23
+"""Numbers in memory at once, about, over all sites trained together; speed, not privacy."""
+
+_ROUNDING = 2.0**-30
+"""Above the relative error of a Gram norm's square: a rounding of 2^-53 for each of 2^20 terms."""
+
+
+class Fused(Steps):
+    """Trains one site's head on its features; see `training.Trainer`, whose interface it has.
+
+    Args:
+        device: that steps are computed on.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        features: Features,
+        *,
+        sigma: float,
+        units: float,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(study, features, sigma=sigma, units=units)
+        if study.private and not fits(features):
+            raise ValueError("expected fewer units, or instances of each, for the fused engine")
+        self.device = device
+        self.values = _cut(features.values).to(device)
+        self.mask = features.mask.to(device)
+        self.targets = features.targets.to(device)
+        self.single = features.mask.shape[1] == 1 and bool(features.mask.all())
+
+    def update(
+        self, start: heads.Arrays, rate: float, source: NoiseSource
+    ) -> dict[str, npt.NDArray[np.float64]]:
+        """Return what the site releases for one round; see `training.Trainer.update`."""
+        (released,) = together([Work(self, start, rate, source)])
+        return released
+
+
+@dataclass(frozen=True)
+class Work:
+    """One site's round: the head it starts from, the learning rate, its own randomness."""
+
+    trainer: Fused
+    start: heads.Arrays
+    rate: float
+    source: NoiseSource
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What must be alike for sites to be trained together."""
+        held = self.trainer
+        return (
+            held.study.digest,
+            held.values.shape[1:],
+            held.sigma,
+            held.device,
+            tuple(held.blocks),
+        )
+
+
+def fits(features: Features) -> bool:
+    """Return whether the mechanism's proof covers sums of so many units and instances."""
+    units, instances = features.mask.shape
+    if instances == 1:
+        return units <= mechanism.MAX_UNITS
+    return units * max(instances, CANCELLED) <= mechanism.MAX_UNITS and instances <= ROWS
+
+
+def together(works: Sequence[Work]) -> list[dict[str, npt.NDArray[np.float64]]]:
+    """Return the releases of sites whose work is of one form, each from its own randomness.
+
+    What a site releases does not depend on the others, but for the last bits of a sum, which the
+    mechanism's grid takes away nearly always.
+    """
+    return _Sites(works).update()
+
+
+class _Sites:
+    """Some sites' round; tensors have the sites as their first dimension."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self.works = works
+        first = works[0].trainer
+        self.study, self.sigma, self.device = first.study, first.sigma, first.device
+        self.shapes, self.dimension = first.shapes, first.dimension
+        held = [work.trainer for work in works]
+        self.values = _joined([each.values for each in held])
+        self.mask = _joined([each.mask for each in held])
+        self.targets = _joined([each.targets for each in held])
+        self.single = all(each.single for each in held)
+        sizes = [len(each.values) for each in held]
+        self.offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+        start = np.stack([_flat(work.start) for work in works])
+        self.start = torch.from_numpy(start).to(self.device)
+        normalisers = [[each.normaliser] for each in held]
+        self.normaliser = torch.tensor(normalisers, dtype=torch.float64, device=self.device)
+        rates = [[work.rate] for work in works]
+        self.rate = torch.tensor(rates, dtype=torch.float64, device=self.device)
+        widest = max(max(shape) for shape in self.shapes.values())
+        instances = self.values.shape[1]
+        most = NUMBERS // (len(works) * instances * widest)
+        self.at_once = max(1, min(ROWS // instances, most))
+
+    def update(self) -> list[dict[str, npt.NDArray[np.float64]]]:
+        training = self.study.training
+        head, velocity = self.start.clone(), torch.zeros_like(self.start)
+        for count in self.works[0].trainer.blocks:
+            drawn = [work.trainer.draw(work.source, count) for work in self.works]
+            picks = _picks([block.taken for block in drawn], self.offsets, self.device)
+            normals = None
+            if self.study.private:
+                blocks = [block.normals for block in drawn if block.normals is not None]
+                normals = torch.stack(blocks, 1).to(self.device)
+            for step in range(count):
+                mean = self._noised(self._sums(head, picks(step)), normals, step) / self.normaliser
+                if not training.sampled:
+                    return self._released(mean)
+                velocity = mean if not training.momentum else velocity * training.momentum + mean
+                head = head - self.rate * velocity
+        return self._released(head - self.start)
+
+    def _noised(self, totals: Tensor, normals: Tensor | None, step: int) -> Tensor:
+        if normals is None:
+            return totals
+        clip = self.study.privacy.clip_norm
+        return mechanism.noised_with(totals, clip, self.sigma, normals[step])
+
+    def _released(self, found: Tensor) -> list[dict[str, npt.NDArray[np.float64]]]:
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        rows = found.cpu().numpy()
+        ends = np.cumsum(sizes)[:-1]
+        return [
+            {
+                name: part.reshape(shape)
+                for (name, shape), part in zip(
+                    self.shapes.items(), np.split(row, ends), strict=True
+                )
+            }
+            for row in rows
+        ]
+
+    def _layers(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        parts = torch.split(flat, [math.prod(shape) for shape in self.shapes.values()], 1)
+        tensors = [p.view(-1, *s) for p, s in zip(parts, self.shapes.values(), strict=True)]
+        return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def _sums(self, flat: Tensor, picked: "_Picked") -> Tensor:
+        """Return each site's sum of (clipped) gradients over the units that were taken."""
+        layers, total = self._layers(flat), torch.zeros_like(flat)
+        for start in range(0, picked.places.shape[1], self.at_once):
+            part = slice(start, start + self.at_once)
+            total = total + self._sum(layers, picked.places[:, part], picked.valid[:, part])
+        return total
+
+    def _sum(self, layers: list[tuple[Tensor, Tensor]], places: Tensor, valid: Tensor) -> Tensor:
+        sites, units = places.shape
+        picked, instances = places.flatten(), self.values.shape[1]
+        x = self.values.index_select(0, picked).double()
+        targets = self.targets.index_select(0, picked)
+        counts = valid.unsqueeze(2)
+        if not self.single:
+            mask = self.mask.index_select(0, picked)
+            # A masked instance may hold anything, and 0 × NaN would be NaN.
+            x = torch.where(mask.unsqueeze(2), x, 0.0)
+            counts = counts & mask.view(sites, units, instances)
+        # Instances are rows from here on: those of a unit follow one another.
+        rows = x.view(sites, units * instances, -1)
+        inputs, slopes = self._forward(layers, rows, valid)
+        residual = _residual(inputs.pop(), targets.view(*rows.shape[:2], *targets.shape[2:]))
+        residual = torch.where(counts.flatten(1).unsqueeze(2), residual, 0.0)
+        deltas = _backward(layers, residual, slopes)
+        if not self.study.private:
+            return _gradient(deltas, inputs)
+        clip = self.study.privacy.clip_norm
+        norms, plain = _norms(deltas, inputs, instances)
+        factors = torch.where(plain, mechanism.clip_factors(norms, clip), 0.0)
+        weights = factors.repeat_interleave(instances, dim=1).unsqueeze(2)
+        # A unit that is not finite has factor 0, and 0 × NaN would be NaN.
+        scaled = [(delta * weights).nan_to_num(0.0, 0.0, 0.0) for delta in deltas]
+        total = _gradient(scaled, inputs)
+        if instances == 1:
+            return total
+        return total + _cancelling(deltas, inputs, ~plain, instances, clip)
+
+    def _forward(
+        self, layers: list[tuple[Tensor, Tensor]], rows: Tensor, valid: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the inputs of each layer and, last, the outputs; and the activations' slopes."""
+        spec, inputs, slopes = self.study.head, [rows], list[Tensor]()
+        for index, (weight, bias) in enumerate(layers):
+            outputs = exact.product(inputs[-1], weight) + bias.unsqueeze(1)
+            if index == len(layers) - 1:
+                inputs.append(outputs)
+                break
+            values, slope = _ACTIVATIONS[spec.activation](outputs)
+            if spec.dropout:
+                kept = self._kept(values, valid, 1 - spec.dropout)
+                values, slope = values * kept, slope * kept
+            slopes.append(slope)
+            inputs.append(exact.rounded(values))
+        return inputs, slopes
+
+    def _kept(self, values: Tensor, valid: Tensor, probability: float) -> Tensor:
+        """Draw dropout for the units that were taken, from each site's own source."""
+        kept = torch.zeros(values.shape, dtype=torch.float64)
+        width, instances = values.shape[2], self.values.shape[1]
+        for site, (work, units) in enumerate(zip(self.works, valid.sum(1).tolist(), strict=True)):
+            drawn = work.source.bernoulli(units * instances * width, probability)
+            kept[site, : units * instances] = drawn.view(-1, width) / probability
+        return kept.to(self.device)
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """The units of one step, site by site, filled up to one length.
+
+    Attributes:
+        places: row of each in all sites' features, int64 `(sites, units)`.
+        valid: bool, of the same shape; those of a site come first.
+    """
+
+    places: Tensor
+    valid: Tensor
+
+
+def _picks(taken: list[Tensor], offsets: Tensor, device: str) -> Callable[[int], _Picked]:
+    """Return what finds the units of a step; `taken` is `(steps, units)` for each site."""
+    sites, steps = len(taken), len(taken[0])
+    counts = torch.stack([each.sum(1) for each in taken], 1)
+    places = torch.zeros(steps, sites, max(1, int(counts.max())), dtype=torch.int64)
+    for site, each in enumerate(taken):
+        step, unit = each.nonzero(as_tuple=True)
+        first = counts[:, site].cumsum(0) - counts[:, site]
+        places[step, site, torch.arange(len(step)) - first[step]] = unit + offsets[site]
+    valid = torch.arange(places.shape[2]) < counts.unsqueeze(2)
+    widths = counts.amax(1).tolist()
+    places, valid = places.to(device), valid.to(device)
+
+    def picked(step: int) -> _Picked:
+        part = slice(0, widths[step])
+        return _Picked(places[step, :, part], valid[step, :, part])
+
+    return picked
+
+
+def _residual(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the gradient of each instance's loss by its outputs, `(sites, rows, labels)`.
+
+    By softmax alone, also for several labels: see `training._losses`.
+    """
+    if targets.ndim == 3:
+        pairs = torch.stack([torch.zeros_like(outputs), outputs], dim=-1)
+        return pairs.softmax(-1)[..., 1] - targets
+    return outputs.softmax(-1).scatter_add(
+        2, targets.unsqueeze(2), torch.full_like(outputs[..., :1], -1.0)
+    )
+
+
+def _relu(values: Tensor) -> tuple[Tensor, Tensor]:
+    return values.relu(), (values > 0).double()
+
+
+def _tanh(values: Tensor) -> tuple[Tensor, Tensor]:
+    found = values.tanh()
+    return found, 1 - found * found
+
+
+def _gelu(values: Tensor) -> tuple[Tensor, Tensor]:
+    share = 0.5 + 0.5 * torch.erf(values * math.sqrt(0.5))
+    density = (values * values * -0.5).exp() * math.sqrt(0.5 / math.pi)
+    return values * share, share + values * density
+
+
+_ACTIVATIONS = {"relu": _relu, "tanh": _tanh, "gelu": _gelu}
+
+
+def _backward(
+    layers: list[tuple[Tensor, Tensor]], residual: Tensor, slopes: list[Tensor]
+) -> list[Tensor]:
+    """Return the gradient of each instance's loss by each layer's outputs."""
+    deltas = [residual]
+    for (weight, _), slope in zip(layers[:0:-1], reversed(slopes), strict=True):
+        deltas.insert(0, exact.product(exact.rounded(deltas[0]), weight.mT) * slope)
+    return deltas
+
+
+def _gradient(deltas: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """Return the sum of the instances' gradients over all parameters, `(sites, dimension)`."""
+    found = []
+    for delta, values in zip(deltas, inputs, strict=True):
+        found += [(delta.mT @ values).flatten(1), delta.sum(1)]
+    return torch.cat(found, 1)
+
+
+def _norms(deltas: list[Tensor], inputs: list[Tensor], instances: int) -> tuple[Tensor, Tensor]:
+    """Return the norms of units' gradients, `(sites, units)`, and which of them may be used."""
+    if instances == 1:
+        squares = sum(
+            (values.square().sum(2) + 1) * delta.square().sum(2)
+            for delta, values in zip(deltas, inputs, strict=True)
+        )
+        norms = torch.as_tensor(squares).sqrt()
+        return norms, torch.ones_like(norms, dtype=torch.bool)
+    total: Tensor | float = 0.0
+    for delta, values in zip(deltas, inputs, strict=True):
+        d, x = (each.view(len(each), -1, instances, each.shape[2]) for each in (delta, values))
+        # The bias sees a one beside the inputs.
+        total = total + (x @ x.mT + 1) * (d @ d.mT)
+    gram = torch.as_tensor(total)
+    apart = gram.diagonal(dim1=2, dim2=3).sqrt().sum(2).square()
+    squares = gram.sum((2, 3))
+    norms = (squares.clamp(min=0) + _ROUNDING * apart).sqrt()
+    return norms, squares * CANCELLED**2 >= apart
+
+
+def _cancelling(
+    deltas: list[Tensor], inputs: list[Tensor], chosen: Tensor, instances: int, clip: float
+) -> Tensor:
+    """Return the clipped sums over these units, `(sites, dimension)`, from their gradients."""
+    sums = []
+    for site, units in enumerate(chosen):
+        grads = []
+        for delta, values in zip(deltas, inputs, strict=True):
+            pair = (delta[site], values[site])
+            d, x = (each.view(-1, instances, each.shape[1])[units] for each in pair)
+            column, row = d.unsqueeze(3), x.unsqueeze(2)
+            # Instance by instance: a sum in another order would not be the unit's own.
+            weight, bias = column[:, 0] * row[:, 0], d[:, 0].clone()
+            for instance in range(1, instances):
+                weight += column[:, instance] * row[:, instance]
+                bias += d[:, instance]
+            grads += [weight, bias]
+        sums.append(mechanism.clipped_sum(grads, clip))
+    return torch.stack(sums)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _flat(arrays: heads.Arrays) -> npt.NDArray[np.float64]:
+    return np.concatenate([array.ravel() for array in arrays.values()])
+
+
+def _cut(values: Tensor) -> Tensor:
+    """Return features that products are exact for; the same where they are so already."""
+    split = torch.split(values, 2**14)
+    parts = [exact.rounded(part) for part in split]
+    if all(torch.equal(one, other) for one, other in zip(parts, split, strict=True)):
+        return values
+    return torch.cat(parts)

@@ -1,0 +1,95 @@
+"""What every engine starts from: which units count, and the randomness of a release's steps."""
+
+import logging
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from veilgraft.model import head as heads
+from veilgraft.model.features import Features
+from veilgraft.privacy import mechanism
+from veilgraft.privacy.noise import NoiseSource
+from veilgraft.study import Study
+from veilgraft_client.policy import LARGEST
+
+log = logging.getLogger(__name__)
+
+DRAWN = 2**20
+"""Random numbers that are drawn ahead at a time, about; speed, not privacy."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The randomness of some steps of one release.
+
+    Attributes:
+        taken: which units each step takes, bool `(steps, units)`; all of them where a study takes
+            no samples.
+        normals: standard normals, float64 `(steps, dimension)`; None where nothing is noised.
+    """
+
+    taken: Tensor
+    normals: Tensor | None
+
+
+class Steps:
+    """How one site's units take part in a study's steps.
+
+    Args:
+        sigma: noise multiplier of every step; zero where the study is not private.
+        units: how many the site declared to train on; never a measured number.
+
+    Raises:
+        ValueError: settings that the mechanism can't keep its promise for. They stop here, before a
+            round is paid.
+    """
+
+    def __init__(self, study: Study, features: Features, *, sigma: float, units: float) -> None:
+        self.study = study
+        self.features = features
+        self.sigma = sigma
+        self.normaliser = units * (study.training.sample_rate or 1.0)
+        self.shapes = heads.shapes(study.head, self.dim, len(study.task.labels))
+        self.dimension = sum(math.prod(shape) for shape in self.shapes.values())
+        if study.private:
+            mechanism.grid(study.privacy.clip_norm, sigma, self.dimension)
+            if len(features) > mechanism.MAX_UNITS:
+                raise ValueError(f"expected at most {mechanism.MAX_UNITS} units")
+        self.used = _usable(features)
+        if spoilt := int((~self.used).sum()):
+            log.warning("%d units count for nothing: features not finite or too large", spoilt)
+
+    @property
+    def dim(self) -> int:
+        """Features per instance."""
+        return self.features.values.shape[-1]
+
+    @property
+    def blocks(self) -> list[int]:
+        """How many steps' randomness is drawn at a time, until the round is over."""
+        count = self.study.training.local_steps
+        size = max(1, DRAWN // max(self.dimension, len(self.features)))
+        return [min(size, count - start) for start in range(0, count, size)]
+
+    def draw(self, source: NoiseSource, steps: int) -> Block:
+        """Draw the randomness of so many steps: first all samples, then all noise.
+
+        Args:
+            source: of this release alone.
+        """
+        units, rate = len(self.features), self.study.training.sample_rate
+        taken = self.used.expand(steps, units)
+        if rate is not None:
+            taken = source.bernoulli(steps * units, rate).view(steps, units) & taken
+        if not self.study.private:
+            return Block(taken, None)
+        normals = source.normal(steps * self.dimension).view(steps, self.dimension)
+        return Block(taken, normals)
+
+
+def _usable(features: Features) -> Tensor:
+    """Tell which units hold nothing but numbers of a size to compute with, bool `(units,)`."""
+    largest = features.values.abs().amax(dim=2)
+    # Written so that NaN fails; what a masked instance holds makes no difference.
+    return ((largest <= LARGEST) | ~features.mask).all(dim=1)
