@@ -19,7 +19,7 @@ that torch computes alike for every row. All else is within the mechanism's slac
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,7 @@ from veilgraft.model.features import Features
 from veilgraft.privacy import mechanism
 from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
-from veilgraft_client.steps import Steps
+from veilgraft_client.steps import Block, Steps
 
 CANCELLED = 16
 """By how much a unit's instances may cancel before its gradient is formed."""
@@ -69,6 +69,7 @@ class Fused(Steps):
             raise ValueError("expected fewer units, or instances of each, for the fused engine")
         self.device = device
         self.values = _cut(features.values).to(device)
+        self.squares = _squares(self.values, features.mask).to(device)
         self.mask = features.mask.to(device)
         self.targets = features.targets.to(device)
         self.single = features.mask.shape[1] == 1 and bool(features.mask.all())
@@ -130,6 +131,7 @@ class _Sites:
         self.shapes, self.dimension = first.shapes, first.dimension
         held = [work.trainer for work in works]
         self.values = _joined([each.values for each in held])
+        self.squares = _joined([each.squares for each in held])
         self.mask = _joined([each.mask for each in held])
         self.targets = _joined([each.targets for each in held])
         self.single = all(each.single for each in held)
@@ -141,34 +143,31 @@ class _Sites:
         self.normaliser = torch.tensor(normalisers, dtype=torch.float64, device=self.device)
         rates = [[work.rate] for work in works]
         self.rate = torch.tensor(rates, dtype=torch.float64, device=self.device)
+        self.instances = self.values.shape[1]
         widest = max(max(shape) for shape in self.shapes.values())
-        instances = self.values.shape[1]
-        most = NUMBERS // (len(works) * instances * widest)
-        self.at_once = max(1, min(ROWS // instances, most))
+        self.numbers = len(works) * self.instances * widest
+        self.at_once = max(1, min(ROWS // self.instances, NUMBERS // self.numbers))
 
     def update(self) -> list[dict[str, npt.NDArray[np.float64]]]:
         training = self.study.training
         head, velocity = self.start.clone(), torch.zeros_like(self.start)
         for count in self.works[0].trainer.blocks:
             drawn = [work.trainer.draw(work.source, count) for work in self.works]
-            picks = _picks([block.taken for block in drawn], self.offsets, self.device)
-            normals = None
-            if self.study.private:
-                blocks = [block.normals for block in drawn if block.normals is not None]
-                normals = torch.stack(blocks, 1).to(self.device)
-            for step in range(count):
-                mean = self._noised(self._sums(head, picks(step)), normals, step) / self.normaliser
+            noise = _noise(drawn, self.device)
+            picked = _picked([block.taken for block in drawn], self.offsets, self.device)
+            for step, parts in enumerate(self._batches(picked)):
+                layers, total = self._layers(head), torch.zeros_like(head)
+                for part in parts:
+                    total = total + self._sum(layers, part)
+                if noise is not None:
+                    clip = self.study.privacy.clip_norm
+                    total = mechanism.add_noise(total, clip, self.sigma, noise[step])
+                mean = total / self.normaliser
                 if not training.sampled:
                     return self._released(mean)
                 velocity = mean if not training.momentum else velocity * training.momentum + mean
                 head = head - self.rate * velocity
         return self._released(head - self.start)
-
-    def _noised(self, totals: Tensor, normals: Tensor | None, step: int) -> Tensor:
-        if normals is None:
-            return totals
-        clip = self.study.privacy.clip_norm
-        return mechanism.noised_with(totals, clip, self.sigma, normals[step])
 
     def _released(self, found: Tensor) -> list[dict[str, npt.NDArray[np.float64]]]:
         sizes = [math.prod(shape) for shape in self.shapes.values()]
@@ -189,43 +188,58 @@ class _Sites:
         tensors = [p.view(-1, *s) for p, s in zip(parts, self.shapes.values(), strict=True)]
         return list(zip(tensors[::2], tensors[1::2], strict=True))
 
-    def _sums(self, flat: Tensor, picked: "_Picked") -> Tensor:
-        """Return each site's sum of (clipped) gradients over the units that were taken."""
-        layers, total = self._layers(flat), torch.zeros_like(flat)
-        for start in range(0, picked.places.shape[1], self.at_once):
-            part = slice(start, start + self.at_once)
-            total = total + self._sum(layers, picked.places[:, part], picked.valid[:, part])
-        return total
+    def _batches(self, picked: "_Picked") -> "Iterator[Iterable[_Batch]]":
+        """Yield, step by step, the units that were taken, in parts that fit into memory."""
+        steps, _, widest = picked.places.shape
+        if widest > self.at_once:
+            for step in range(steps):
+                starts = range(0, picked.widths[step], self.at_once)
+                yield (self._gathered(picked.cut(step, at, self.at_once)) for at in starts)
+            return
+        size = max(1, NUMBERS // (self.numbers * max(1, widest)))
+        for first in range(0, steps, size):
+            gathered = self._gathered(picked.steps(first, size))
+            for step in range(len(gathered.valid)):
+                yield (gathered.at(step, picked.widths[first + step]),)
 
-    def _sum(self, layers: list[tuple[Tensor, Tensor]], places: Tensor, valid: Tensor) -> Tensor:
-        sites, units = places.shape
-        picked, instances = places.flatten(), self.values.shape[1]
-        x = self.values.index_select(0, picked).double()
-        targets = self.targets.index_select(0, picked)
-        counts = valid.unsqueeze(2)
+    def _gathered(self, picked: "_Picked") -> "_Batch":
+        places = picked.places.flatten()
+        shape = (*picked.places.shape, self.instances)
+        x = self.values.index_select(0, places).double()
+        counts = picked.valid.unsqueeze(-1)
         if not self.single:
-            mask = self.mask.index_select(0, picked)
+            mask = self.mask.index_select(0, places)
             # A masked instance may hold anything, and 0 × NaN would be NaN.
             x = torch.where(mask.unsqueeze(2), x, 0.0)
-            counts = counts & mask.view(sites, units, instances)
+            counts = counts & mask.view(shape)
+        targets = self.targets.index_select(0, places)
+        return _Batch(
+            x.view(*shape, x.shape[2]),
+            self.squares.index_select(0, places).view(shape),
+            counts,
+            targets.view(*shape, *targets.shape[2:]),
+            picked.valid,
+        )
+
+    def _sum(self, layers: list[tuple[Tensor, Tensor]], batch: "_Batch") -> Tensor:
+        """Return each site's sum of (clipped) gradients over some units."""
+        instances = self.instances
         # Instances are rows from here on: those of a unit follow one another.
-        rows = x.view(sites, units * instances, -1)
-        inputs, slopes = self._forward(layers, rows, valid)
-        residual = _residual(inputs.pop(), targets.view(*rows.shape[:2], *targets.shape[2:]))
-        residual = torch.where(counts.flatten(1).unsqueeze(2), residual, 0.0)
+        inputs, slopes = self._forward(layers, batch.values.flatten(1, 2), batch.valid)
+        residual = _residual(inputs.pop(), batch.targets.flatten(1, 2))
+        if not (self.single and len(self.works) == 1):
+            residual = torch.where(batch.counts.flatten(1).unsqueeze(2), residual, 0.0)
         deltas = _backward(layers, residual, slopes)
         if not self.study.private:
             return _gradient(deltas, inputs)
         clip = self.study.privacy.clip_norm
-        norms, plain = _norms(deltas, inputs, instances)
-        factors = torch.where(plain, mechanism.clip_factors(norms, clip), 0.0)
-        weights = factors.repeat_interleave(instances, dim=1).unsqueeze(2)
-        # A unit that is not finite has factor 0, and 0 × NaN would be NaN.
-        scaled = [(delta * weights).nan_to_num(0.0, 0.0, 0.0) for delta in deltas]
-        total = _gradient(scaled, inputs)
         if instances == 1:
-            return total
-        return total + _cancelling(deltas, inputs, ~plain, instances, clip)
+            norms = _norms(deltas, inputs, batch.squares.flatten(1))
+            return _gradient(_scaled(deltas, mechanism.clip_factors(norms, clip)), inputs)
+        norms, plain = _norms_of_several(deltas, inputs, instances)
+        factors = torch.where(plain, mechanism.clip_factors(norms, clip), 0.0)
+        scaled = _scaled(deltas, factors.repeat_interleave(instances, dim=1))
+        return _gradient(scaled, inputs) + _cancelling(deltas, inputs, ~plain, instances, clip)
 
     def _forward(
         self, layers: list[tuple[Tensor, Tensor]], rows: Tensor, valid: Tensor
@@ -248,7 +262,7 @@ class _Sites:
     def _kept(self, values: Tensor, valid: Tensor, probability: float) -> Tensor:
         """Draw dropout for the units that were taken, from each site's own source."""
         kept = torch.zeros(values.shape, dtype=torch.float64)
-        width, instances = values.shape[2], self.values.shape[1]
+        width, instances = values.shape[2], self.instances
         for site, (work, units) in enumerate(zip(self.works, valid.sum(1).tolist(), strict=True)):
             drawn = work.source.bernoulli(units * instances * width, probability)
             kept[site, : units * instances] = drawn.view(-1, width) / probability
@@ -257,35 +271,69 @@ class _Sites:
 
 @dataclass(frozen=True)
 class _Picked:
-    """The units of one step, site by site, filled up to one length.
+    """The units of some steps, site by site, filled up to one length.
 
     Attributes:
-        places: row of each in all sites' features, int64 `(sites, units)`.
+        places: row of each in all sites' features, int64 `(steps, sites, units)`.
         valid: bool, of the same shape; those of a site come first.
+        widths: of each step, how many units the site with most has.
     """
 
     places: Tensor
     valid: Tensor
+    widths: list[int]
+
+    def steps(self, first: int, count: int) -> "_Picked":
+        """Return some steps."""
+        part = slice(first, first + count)
+        return _Picked(self.places[part], self.valid[part], self.widths[part])
+
+    def cut(self, step: int, first: int, count: int) -> "_Picked":
+        """Return some units of one step; what then holds them has no steps."""
+        part = slice(first, first + count)
+        return _Picked(self.places[step, :, part], self.valid[step, :, part], [])
 
 
-def _picks(taken: list[Tensor], offsets: Tensor, device: str) -> Callable[[int], _Picked]:
-    """Return what finds the units of a step; `taken` is `(steps, units)` for each site."""
-    sites, steps = len(taken), len(taken[0])
+@dataclass(frozen=True)
+class _Batch:
+    """Units with all that is computed with; `(sites, units, …)`, or before that the steps.
+
+    Attributes:
+        values: `(…, instances, dim)`, float64, zero where there is no instance.
+        squares: of the norms of values and a one, `(…, instances)`.
+        counts: which instances there are, bool; it may be one for all of a unit's.
+        targets: `(…, instances)` or `(…, instances, labels)`.
+        valid: which units there are, bool.
+    """
+
+    values: Tensor
+    squares: Tensor
+    counts: Tensor
+    targets: Tensor
+    valid: Tensor
+
+    def at(self, step: int, width: int) -> "_Batch":
+        """Return one step's, without what only fills up."""
+        fields = (self.values, self.squares, self.counts, self.targets, self.valid)
+        return _Batch(*(each[step, :, :width] for each in fields))
+
+
+def _noise(drawn: list[Block], device: str) -> Tensor | None:
+    """Return the noise of all sites, `(steps, sites, dimension)`."""
+    blocks = [block.noise for block in drawn if block.noise is not None]
+    return torch.stack(blocks, 1).to(device) if blocks else None
+
+
+def _picked(taken: list[Tensor], offsets: Tensor, device: str) -> _Picked:
+    """Return the units of all sites and steps; `taken` is `(steps, units)` for each site."""
     counts = torch.stack([each.sum(1) for each in taken], 1)
-    places = torch.zeros(steps, sites, max(1, int(counts.max())), dtype=torch.int64)
+    places = torch.zeros(*counts.shape, int(counts.max()), dtype=torch.int64)
     for site, each in enumerate(taken):
         step, unit = each.nonzero(as_tuple=True)
         first = counts[:, site].cumsum(0) - counts[:, site]
         places[step, site, torch.arange(len(step)) - first[step]] = unit + offsets[site]
     valid = torch.arange(places.shape[2]) < counts.unsqueeze(2)
-    widths = counts.amax(1).tolist()
-    places, valid = places.to(device), valid.to(device)
-
-    def picked(step: int) -> _Picked:
-        part = slice(0, widths[step])
-        return _Picked(places[step, :, part], valid[step, :, part])
-
-    return picked
+    return _Picked(places.to(device), valid.to(device), counts.amax(1).tolist())
 
 
 def _residual(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -337,15 +385,28 @@ def _gradient(deltas: list[Tensor], inputs: list[Tensor]) -> Tensor:
     return torch.cat(found, 1)
 
 
-def _norms(deltas: list[Tensor], inputs: list[Tensor], instances: int) -> tuple[Tensor, Tensor]:
+def _scaled(deltas: list[Tensor], factors: Tensor) -> list[Tensor]:
+    # A unit that is not finite has factor 0, and 0 × NaN would be NaN.
+    weights = factors.unsqueeze(2)
+    return [(delta * weights).nan_to_num_(0.0, 0.0, 0.0) for delta in deltas]
+
+
+def _norms(deltas: list[Tensor], inputs: list[Tensor], squares: Tensor) -> Tensor:
+    """Return the norms of the gradients of units with one instance, `(sites, units)`.
+
+    Args:
+        squares: of the first layer's inputs.
+    """
+    total = squares * deltas[0].square().sum(2)
+    for delta, values in zip(deltas[1:], inputs[1:], strict=True):
+        total = total + (values.square().sum(2) + 1) * delta.square().sum(2)
+    return total.sqrt_()
+
+
+def _norms_of_several(
+    deltas: list[Tensor], inputs: list[Tensor], instances: int
+) -> tuple[Tensor, Tensor]:
     """Return the norms of units' gradients, `(sites, units)`, and which of them may be used."""
-    if instances == 1:
-        squares = sum(
-            (values.square().sum(2) + 1) * delta.square().sum(2)
-            for delta, values in zip(deltas, inputs, strict=True)
-        )
-        norms = torch.as_tensor(squares).sqrt()
-        return norms, torch.ones_like(norms, dtype=torch.bool)
     total: Tensor | float = 0.0
     for delta, values in zip(deltas, inputs, strict=True):
         d, x = (each.view(len(each), -1, instances, each.shape[2]) for each in (delta, values))
@@ -385,6 +446,12 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 def _flat(arrays: heads.Arrays) -> npt.NDArray[np.float64]:
     return np.concatenate([array.ravel() for array in arrays.values()])
+
+
+def _squares(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the squares of the norms of values and a one, float64 `(units, instances)`."""
+    parts = [torch.linalg.vector_norm(part.double(), dim=2) for part in torch.split(values, 2**14)]
+    return torch.where(mask, torch.cat(parts).square_() + 1, 0.0)
 
 
 def _cut(values: Tensor) -> Tensor:

@@ -26,11 +26,11 @@ class Block:
     Attributes:
         taken: which units each step takes, bool `(steps, units)`; all of them where a study takes
             no samples.
-        normals: standard normals, float64 `(steps, dimension)`; None where nothing is noised.
+        noise: of each step's sum, float64 `(steps, dimension)`; None where nothing is noised.
     """
 
     taken: Tensor
-    normals: Tensor | None
+    noise: Tensor | None
 
 
 class Steps:
@@ -84,8 +84,8 @@ class Steps:
             taken = source.bernoulli(steps * units, rate).view(steps, units) & taken
         if not self.study.private:
             return Block(taken, None)
-        normals = source.normal(steps * self.dimension).view(steps, self.dimension)
-        return Block(taken, normals)
+        clip = self.study.privacy.clip_norm
+        return Block(taken, mechanism.noise(steps, self.dimension, clip, self.sigma, source))
 
 
 def _usable(features: Features) -> Tensor:

@@ -58,7 +58,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         normaliser: public constant by which a noised sum is divided.
 
     Attributes:
-        normals: standard normals for the next step, from the release's own source, used once.
+        drawn: noise for the next step, from the release's own source, used once.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
             loss_reduction="sum",
         )
         self._normaliser = normaliser
-        self.normals: Tensor | None = None
+        self.drawn: Tensor | None = None
         self._parameters = self.params
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self._forget()
@@ -102,10 +102,10 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
     def add_noise(self) -> None:
         """Noise the sum on the grid, and divide it by the public normaliser, never by a count."""
         self._close_partial()
-        assert self.normals is not None
-        noise, clip = self.noise_multiplier, self.max_grad_norm
-        mean = mechanism.noised_with(self._total, clip, noise, self.normals) / self._normaliser
-        self.normals = None
+        assert self.drawn is not None
+        sigma, clip = self.noise_multiplier, self.max_grad_norm
+        mean = mechanism.add_noise(self._total, clip, sigma, self.drawn) / self._normaliser
+        self.drawn = None
         parts = torch.split(mean, self._sizes)
         for parameter, part in zip(self._parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
@@ -125,7 +125,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 class PlainOptimizer:
     """The same steps without clipping and noise: not private."""
 
-    normals: Tensor | None = None
+    drawn: Tensor | None = None
 
     def __init__(self, optimizer: torch.optim.Optimizer, normaliser: float) -> None:
         self._optimizer = optimizer
@@ -181,7 +181,7 @@ class Trainer(Steps):
             drawn = self.draw(source, count)
             for step in range(count):
                 self._accumulate(optimizer, drawn.taken[step].nonzero().flatten())
-                optimizer.normals = None if drawn.normals is None else drawn.normals[step]
+                optimizer.drawn = None if drawn.noise is None else drawn.noise[step]
                 if not self.study.training.sampled:
                     optimizer.pre_step()
                     found = {name: _array(p.grad) for name, p in self._parameters()}

@@ -43,16 +43,16 @@ class Step(NamedTuple):
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     """Every sum that reaches the noise, in order."""
     seen: list[Step] = []
-    real = mechanism.noised_with
+    real = mechanism.add_noise
 
     def watched(
-        totals: torch.Tensor, clip_norm: float, noise_multiplier: float, normals: torch.Tensor
+        totals: torch.Tensor, clip_norm: float, noise_multiplier: float, drawn: torch.Tensor
     ) -> torch.Tensor:
         for total in totals.view(-1, totals.shape[-1]).clone():
             seen.append(Step(total.numpy(), clip_norm, noise_multiplier))
-        return real(totals, clip_norm, noise_multiplier, normals)
+        return real(totals, clip_norm, noise_multiplier, drawn)
 
-    monkeypatch.setattr(mechanism, "noised_with", watched)
+    monkeypatch.setattr(mechanism, "add_noise", watched)
     return seen
 
 
@@ -560,7 +560,7 @@ def test_small_batches_are_added_up_so_that_rounding_stays_within_its_bound(
     parameter, small, count = torch.nn.Parameter(torch.zeros(1).double()), 2.0**-56, 5000
     sgd = torch.optim.SGD([parameter], lr=1.0)
     optimizer = PrivateOptimizer(sgd, SIGMA, CLIP, 1.0)
-    optimizer.normals = source().normal(1)
+    optimizer.drawn = torch.zeros(1, dtype=torch.float64)
     for value in (CLIP / 2, *[small] * count):
         parameter.grad_sample = torch.tensor([[value]], dtype=torch.float64)  # type: ignore[attr-defined]
         optimizer.clip_and_accumulate()

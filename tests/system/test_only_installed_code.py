@@ -76,11 +76,20 @@ def world() -> Iterator[Federation]:
         yield federation
 
 
-@pytest.fixture
-def finished(world: Federation) -> Federation:
-    """The same, after the honest run."""
-    world.wait_for(lambda: world.report() is not None, HONEST_SECONDS, "the honest run")
-    return world
+@pytest.fixture(scope="module")
+def waiting() -> Iterator[Federation]:
+    """A coordinator that waits for its second site for ever, and the first, which is ready."""
+    by_hand = ("--backbone", str(DEMO / "backbone"))
+    with Federation(
+        sites=("a", "b"), rounds=ROUNDS, namespaces=False, join=by_hand, up=False
+    ) as federation:
+        federation.init()
+        federation.start("coordinator")
+        federation.wait_until_up("coordinator")
+        federation.join("a")
+        federation.start("a")
+        federation.wait_until_up("a")
+        yield federation
 
 
 def test_a_pushed_bundle_gets_nothing_and_an_honest_run_ends_well(world: Federation) -> None:
@@ -102,19 +111,19 @@ def test_a_pushed_bundle_gets_nothing_and_an_honest_run_ends_well(world: Federat
 
 
 @pytest.mark.drill
-def test_the_thief_would_have_got_it_all_had_it_run_as_the_owner(finished: Federation) -> None:
+def test_the_thief_would_have_got_it_all_had_it_run_as_the_owner(waiting: Federation) -> None:
     with hostile.trap() as trap:
-        config = hostile.booty(finished, "a", {}, trap.port)
-        script = hostile.written(finished, hostile.thief(config))
+        config = hostile.booty(waiting, "a", {}, trap.port)
+        script = hostile.written(waiting, hostile.thief(config))
         code = f"import runpy; runpy.run_path({str(script)!r})"
-        done = finished.tool("a", sys.executable, "-c", code)
+        done = waiting.tool("a", sys.executable, "-c", code)
         assert done.returncode == 0, done.stderr
         end = time.monotonic() + 10
         while not trap.caught and time.monotonic() < end:
             time.sleep(0.1)
         (caught,) = trap.caught
     found = json.loads(caught)
-    assert found[str(finished.data("a"))].startswith("b'PAR1")
+    assert found[str(waiting.data("a"))].startswith("b'PAR1")
 
 
 def _bomb() -> Bundle:
@@ -136,8 +145,8 @@ def _resident(pid: int) -> int:
 
 
 @pytest.mark.drill
-def test_no_bundle_but_the_installed_one_runs_whatever_it_is_called(finished: Federation) -> None:
-    world, link = finished, HostileSuperLink(finished)
+def test_no_bundle_but_the_installed_one_runs_whatever_it_is_called(waiting: Federation) -> None:
+    world, link = waiting, HostileSuperLink(waiting)
     own = provision.bundle()
     version = own.folder.split(".", 2)[2].rsplit(".", 1)[0]
     supernode, vault = world.process("a/supernode"), world.process("a/vault")
@@ -175,15 +184,15 @@ def test_no_bundle_but_the_installed_one_runs_whatever_it_is_called(finished: Fe
 
 @pytest.mark.drill
 @pytest.mark.parametrize("kind", [TaskType.AGENT_APP, TaskType.SIMULATION])
-def test_other_types_of_run_start_nothing(finished: Federation, kind: TaskType) -> None:
+def test_other_types_of_run_start_nothing(waiting: Federation, kind: TaskType) -> None:
     with hostile.trap() as trap:
-        program = hostile.thief(hostile.booty(finished, "a", {}, trap.port))
+        program = hostile.thief(hostile.booty(waiting, "a", {}, trap.port))
         made = hostile.hostile_bundle(program)
-        reply = HostileSuperLink(finished).push(made, "a", kind=kind).reply(150)
+        reply = HostileSuperLink(waiting).push(made, "a", kind=kind).reply(150)
         assert trap.caught == []
     if reply is not None:
-        assert reply.has_error() and str(finished.folder) not in repr(reply)
-    _still_serves(finished, 150)
+        assert reply.has_error() and str(waiting.folder) not in repr(reply)
+    _still_serves(waiting, 150)
 
 
 def _tree(folder: Path) -> dict[str, bytes]:
@@ -235,14 +244,14 @@ print(len(held), sent, refused)
 @pytest.mark.drill
 @pytest.mark.parametrize("how", ["many", "half", "bytes", "headers"])
 def test_the_courier_s_user_can_neither_crash_nor_stop_the_vault(
-    finished: Federation, how: str
+    waiting: Federation, how: str
 ) -> None:
-    vault = finished.process("a/vault")
+    vault = waiting.process("a/vault")
     assert vault is not None
-    before = hostile.spent(finished, "a")
-    script = hostile.written(finished, FLOOD)
-    hostile.as_courier(finished, "a", script, finished.site("a").socket, how)
-    _still_serves(finished, 120)
-    assert finished.process("a/vault") == vault
+    before = hostile.spent(waiting, "a")
+    script = hostile.written(waiting, FLOOD)
+    hostile.as_courier(waiting, "a", script, waiting.site("a").socket, how)
+    _still_serves(waiting, 120)
+    assert waiting.process("a/vault") == vault
     assert _resident(vault.pid) < 4 << 30
-    assert hostile.spent(finished, "a") == before
+    assert hostile.spent(waiting, "a") == before

@@ -5,6 +5,7 @@ taken apart, against what SECURITY.md lists.
 """
 
 import json
+import os
 import re
 import socket
 import struct
@@ -258,14 +259,23 @@ WRITTEN = """
 import json, os, sys
 told = []
 for path in json.loads(sys.argv[1]):
+    beside = os.path.dirname(path) + "/planted"
     try:
-        if os.path.isdir(path):
-            os.rmdir(os.mkdir(path + "/planted") or path + "/planted")
-        else:
-            os.close(os.open(path, os.O_WRONLY))
+        os.close(os.open(path, os.O_WRONLY))
+        told.append(path)
     except OSError:
-        continue
-    told.append(path)
+        pass
+    # In a sticky folder it may put something, and not in the place of another's.
+    try:
+        os.mkdir(beside) if os.path.isdir(path) else os.close(os.open(beside, os.O_CREAT))
+        os.replace(beside, path)
+        told.append(path)
+    except OSError:
+        pass
+    try:
+        os.rmdir(beside) if os.path.isdir(path) else os.unlink(beside)
+    except OSError:
+        pass
 print(json.dumps({"written": told}))
 """
 
@@ -276,26 +286,31 @@ def test_the_edges_user_can_write_nothing_that_the_executor_trusts(private: Fede
     edge = private.process("edge")
     assert edge is not None
     uid, gid = user_of(edge.pid)
-    trusted = [place.path, place.run, place.identities.parent, place.home, place.tls]
+    trusted = [place.run, place.identities.parent, place.home, place.tls]
     trusted += [place.config, place.path / "study.yaml", place.signing_key, place.identities]
     trusted += [place.checkpoint, place.met, place.run_events, place.events, place.secret]
     assert place.study.backbone.path is not None
     trusted += [place.study.backbone.path, *place.study.backbone.path.iterdir()]
     assert all(path.exists() for path in trusted)
-    own = [place.registry]
     user = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups"]
-    for script, named in ((WRITTEN, "written"), (OPENED, "opened")):
-        asked = [*trusted, *own] if named == "written" else [place.signing_key, *own]
-        paths = json.dumps([str(path) for path in asked])
-        found = inside(private, "edge", "--net", *user, sys.executable, "-I", "-c", script, paths)
-        assert found == {named: [str(path) for path in own]}
+    program = [*user, sys.executable, "-I", "-c"]
+    # Last, what is its own: the probe can write.
+    own = private.folder / "probe"
+    own.touch()
+    os.chown(own, uid, gid)
+    paths = [str(path) for path in (*trusted, own)]
+    found = inside(private, "edge", "--net", *program, WRITTEN, json.dumps(paths))
+    assert found == {"written": [paths[-1]]}
+    keys = json.dumps([str(place.signing_key), str(place.registry)])
+    found = inside(private, "edge", "--net", *program, OPENED, keys)
+    assert found == {"opened": [str(place.registry)]}
 
 
-def user_of(pid: int) -> tuple[str, str]:
+def user_of(pid: int) -> tuple[int, int]:
     """Return a process's user and group."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     status = {name: value.split() for name, _, value in (each.partition(":") for each in lines)}
-    return status["Uid"][1], status["Gid"][1]
+    return int(status["Uid"][1]), int(status["Gid"][1])
 
 
 # Once it has ended.

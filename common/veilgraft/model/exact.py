@@ -25,6 +25,7 @@ MATRIX_BITS = 36
 
 # Below, numbers are taken for zero: products of two such would underflow, and so be inexact.
 _TINY = 2.0**-300
+_EXPONENT = 0x7FF << 52
 
 
 def rounded(rows: Tensor) -> Tensor:
@@ -36,14 +37,13 @@ def rounded(rows: Tensor) -> Tensor:
     [[1.0, 0.0]]
     """
     wide = rows.double()
-    spacing = _power(wide.abs().amax(-1, keepdim=True)) * 2.0**-ROW_BITS
-    return _cut(wide, spacing).to(rows.dtype)
+    return _cut(wide, _above(wide) * 2.0**-ROW_BITS).to(rows.dtype)
 
 
 def slices(weight: Tensor) -> list[Tensor]:
     """Cut a weight `(..., m, n)` so that any of the parts times `rounded` rows of n is exact."""
     bits = 53 - ROW_BITS - max(1, math.ceil(math.log2(weight.shape[-1])))
-    scale = _power(weight.abs().amax(-1, keepdim=True)) * 2.0**-bits
+    scale = _above(weight) * 2.0**-bits
     found, left = [_cut(weight, scale)], weight
     for _ in range(1, math.ceil(MATRIX_BITS / bits)):
         left, scale = left - found[-1], scale * 2.0**-bits
@@ -66,13 +66,14 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def _power(largest: Tensor) -> Tensor:
-    """Return powers of two that are not below, and at most twice, these numbers."""
-    mantissa, _ = torch.frexp(largest.clamp(min=_TINY))
-    return largest.clamp(min=_TINY) / mantissa
+def _above(rows: Tensor) -> Tensor:
+    """Return a power of two above each row's largest number, and at most twice as large."""
+    largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True).clamp_(min=_TINY)
+    power: Tensor = (largest.view(torch.int64) & _EXPONENT).view(torch.float64)
+    return power * 2.0
 
 
 def _cut(values: Tensor, spacing: Tensor) -> Tensor:
     """Round to multiples of a power of two, which are below 2^51 of them."""
     shift = spacing * (1.5 * 2.0**52)
-    return (values + shift) - shift
+    return (values + shift).sub_(shift)

@@ -157,38 +157,38 @@ def noised(total: Tensor, clip_norm: float, noise_multiplier: float, source: Noi
     """
     if total.dtype != torch.float64 or total.ndim != 1:
         raise ValueError(f"total: expected float64 (dimension,), got {total.dtype}, {total.ndim}-d")
-    step = grid(clip_norm, noise_multiplier, len(total))
+    grid(clip_norm, noise_multiplier, len(total))
     # Written so that NaN fails; the message keeps the value to itself.
     if not bool((total.abs() <= MAX_UNITS * clip_norm).all()):
         raise ValueError("total: expected a finite sum of clipped gradients")
-    normals = source.normal(len(total)).to(total.device)
-    return _on_grid(total, normals, noise_multiplier * clip_norm, step)
+    drawn = noise(1, len(total), clip_norm, noise_multiplier, source)[0]
+    return add_noise(total, clip_norm, noise_multiplier, drawn.to(total.device))
 
 
-def noised_with(
-    totals: Tensor, clip_norm: float, noise_multiplier: float, normals: Tensor
+def noise(
+    count: int, dimension: int, clip_norm: float, noise_multiplier: float, source: NoiseSource
 ) -> Tensor:
-    """Do what `noised` does for many sums at once, with normals that were drawn in a block.
+    """Draw the noise of so many sums of one release, rounded to the grid: `(count, dimension)`.
 
-    A sum that clipped units can't add up to becomes NaN as a whole: to find out would have the
-    host wait for the device. What is not finite must not be released.
+    Raises as `noised` does.
+    """
+    step = grid(clip_norm, noise_multiplier, dimension)
+    normals = source.normal(count * dimension).mul_(noise_multiplier * clip_norm / step)
+    return normals.round_().mul_(step).view(count, dimension)
+
+
+def add_noise(totals: Tensor, clip_norm: float, noise_multiplier: float, drawn: Tensor) -> Tensor:
+    """Round clipped sums to the grid and add noise that was drawn in a block, as `noised` does.
+
+    What is not finite stays so, and must not be released: to find out here would have the host
+    wait for the device.
 
     Args:
-        totals: float64 `(..., dimension)`.
-        normals: of the same shape and device; of one release's source for each sum, used once.
-
-    Raises ValueError if a setting is out of `grid`'s range.
+        totals: float64 `(..., dimension)`, each what clipped units add up to.
+        drawn: a row of what `noise` gave for each sum, on the same device, used once.
     """
     step = grid(clip_norm, noise_multiplier, totals.shape[-1])
-    # Written so that NaN fails.
-    possible = (totals.abs() <= MAX_UNITS * clip_norm).all(-1, keepdim=True)
-    released = _on_grid(totals, normals, noise_multiplier * clip_norm, step)
-    return torch.where(possible, released, math.nan)
-
-
-def _on_grid(totals: Tensor, normals: Tensor, deviation: float, step: float) -> Tensor:
-    noise = (normals * (deviation / step)).round_()
-    return (totals / step).round_().add_(noise).mul_(step)
+    return (totals / step).round_().mul_(step).add_(drawn)
 
 
 def _block_sum(rows: Sequence[Tensor], clip_norm: float) -> Tensor:
