@@ -41,6 +41,8 @@ _APPEND_ONLY = """
 CREATE TRIGGER no_update BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER no_delete BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
+# The text of SQLite's own error may quote a damaged file, and then be no text.
+_DAMAGED = (sqlite3.Error, UnicodeDecodeError)
 _TRANSACTION = ("BEGIN IMMEDIATE", "COMMIT", ("ROLLBACK",))
 _SAVEPOINT = ("SAVEPOINT inner", "RELEASE inner", ("ROLLBACK TO inner", "RELEASE inner"))
 
@@ -116,7 +118,7 @@ class Chain:
                 sync_folder(path.parent.parent)
                 self._make()
             self._db = self._opened(path)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, *_DAMAGED) as error:
             raise ChainError(f"{path}: can't open the {schema.noun}: {error}") from error
 
     def _opened(self, path: Path) -> sqlite3.Connection:
@@ -180,7 +182,7 @@ class Chain:
                 yield
                 self._execute(end)
             except BaseException:
-                with contextlib.suppress(sqlite3.Error):
+                with contextlib.suppress(*_DAMAGED):
                     for statement in undo:
                         self._db.execute(statement)
                 raise
@@ -190,7 +192,7 @@ class Chain:
     def _execute(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
         try:
             return self._db.execute(statement, values)
-        except sqlite3.Error as error:
+        except _DAMAGED as error:
             raise ChainError(f"{self.path}: {error}") from error
 
     def rows(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
@@ -202,7 +204,7 @@ class Chain:
             cursor = self._execute(statement, values)
             try:
                 return cursor.fetchall()
-            except sqlite3.Error as error:
+            except _DAMAGED as error:
                 raise ChainError(f"{self.path}: {error}") from error
 
     def one(self, query: str, *values: object) -> Any:
