@@ -33,7 +33,7 @@ from veilgraft.model.features import Features
 from veilgraft.privacy import mechanism
 from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
-from veilgraft_client.steps import Block, Steps
+from veilgraft_client.steps import Steps
 
 CANCELLED = 16
 """By how much a unit's instances may cancel before its gradient is formed."""
@@ -41,8 +41,11 @@ CANCELLED = 16
 ROWS = 1024
 """Instances in one product, for which the mechanism's bound on additions is proved."""
 
-NUMBERS = 2**23
+NUMBERS = 2**21
 """Numbers in memory at once, about, over all sites trained together; speed, not privacy."""
+
+GATHERED = 2**17
+"""Numbers of features gathered at a time, about; what is larger is not in the cache any more."""
 
 _ROUNDING = 2.0**-30
 """Above the relative error of a Gram norm's square: a rounding of 2^-53 for each of 2^20 terms."""
@@ -74,6 +77,20 @@ class Fused(Steps):
         self.targets = features.targets.to(device)
         self.single = features.mask.shape[1] == 1 and bool(features.mask.all())
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What must be alike for sites to be trained together."""
+        shape, blocks = self.values.shape[1:], tuple(self.blocks)
+        return (self.study.digest, shape, self.sigma, self.device, blocks)
+
+    @property
+    def sites_at_once(self) -> int:
+        """How many sites of this form are trained together at most, for their memory's sake."""
+        units, instances, dim = self.values.shape
+        taken = units * (self.study.training.sample_rate or 1.0)
+        numbers = self.values.numel() + self.blocks[0] * (self.dimension + taken * instances * dim)
+        return max(1, int(NUMBERS / max(1.0, numbers)))
+
     def update(
         self, start: heads.Arrays, rate: float, source: NoiseSource
     ) -> dict[str, npt.NDArray[np.float64]]:
@@ -90,18 +107,6 @@ class Work:
     start: heads.Arrays
     rate: float
     source: NoiseSource
-
-    @property
-    def form(self) -> tuple[object, ...]:
-        """What must be alike for sites to be trained together."""
-        held = self.trainer
-        return (
-            held.study.digest,
-            held.values.shape[1:],
-            held.sigma,
-            held.device,
-            tuple(held.blocks),
-        )
 
 
 def fits(features: Features) -> bool:
@@ -152,16 +157,18 @@ class _Sites:
         training = self.study.training
         head, velocity = self.start.clone(), torch.zeros_like(self.start)
         for count in self.works[0].trainer.blocks:
-            drawn = [work.trainer.draw(work.source, count) for work in self.works]
-            noise = _noise(drawn, self.device)
-            picked = _picked([block.taken for block in drawn], self.offsets, self.device)
+            taken = [work.trainer.taken(work.source, count) for work in self.works]
+            noise = self.works[0].trainer.noise([work.source for work in self.works], count)
+            if noise is not None:
+                noise = noise.to(self.device)
+            picked = _picked(taken, self.offsets, self.device)
             for step, parts in enumerate(self._batches(picked)):
                 layers, total = self._layers(head), torch.zeros_like(head)
                 for part in parts:
                     total = total + self._sum(layers, part)
                 if noise is not None:
                     clip = self.study.privacy.clip_norm
-                    total = mechanism.add_noise(total, clip, self.sigma, noise[step])
+                    total = mechanism.add_noise(total, clip, self.sigma, noise[:, step])
                 mean = total / self.normaliser
                 if not training.sampled:
                     return self._released(mean)
@@ -196,7 +203,7 @@ class _Sites:
                 starts = range(0, picked.widths[step], self.at_once)
                 yield (self._gathered(picked.cut(step, at, self.at_once)) for at in starts)
             return
-        size = max(1, NUMBERS // (self.numbers * max(1, widest)))
+        size = max(1, GATHERED // (self.numbers * max(1, widest)))
         for first in range(0, steps, size):
             gathered = self._gathered(picked.steps(first, size))
             for step in range(len(gathered.valid)):
@@ -316,12 +323,6 @@ class _Batch:
         """Return one step's, without what only fills up."""
         fields = (self.values, self.squares, self.counts, self.targets, self.valid)
         return _Batch(*(each[step, :, :width] for each in fields))
-
-
-def _noise(drawn: list[Block], device: str) -> Tensor | None:
-    """Return the noise of all sites, `(steps, sites, dimension)`."""
-    blocks = [block.noise for block in drawn if block.noise is not None]
-    return torch.stack(blocks, 1).to(device) if blocks else None
 
 
 def _picked(taken: list[Tensor], offsets: Tensor, device: str) -> _Picked:

@@ -59,7 +59,9 @@ class Site(Config):
             without noise or with a seed run here.
         seed: makes noise reproducible and nothing private; for public data alone.
         state: folder for features and ledger.
-        device: that the backbone runs on; `auto` takes a GPU where there is one.
+        device: that backbone and head are computed on; `auto` takes a GPU where there is one.
+        engine: that trains heads: `fused`, `opacus`, the reference, or `auto`, which takes the
+            fused one wherever its proof reaches.
         isolation: `full`: private studies are served only where the vault has no network, the
             courier is another user, and that user can't read what the vault reads; `reduced`: a
             person accepts less, and the privacy statement says so.
@@ -79,6 +81,7 @@ class Site(Config):
     seed: Annotated[int, Field(ge=0)] | None = None
     state: RelativePath
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    engine: Literal["auto", "opacus", "fused"] = "auto"
     isolation: Literal["full", "reduced"] = "full"
     courier_user: str | Annotated[int, Field(gt=0, lt=2**32 - 1)] | None = None
     reply_seconds: Annotated[float, Field(gt=0, le=600)] = 1.0

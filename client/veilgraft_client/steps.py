@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -17,20 +17,6 @@ log = logging.getLogger(__name__)
 
 DRAWN = 2**20
 """Random numbers that are drawn ahead at a time, about; speed, not privacy."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """The randomness of some steps of one release.
-
-    Attributes:
-        taken: which units each step takes, bool `(steps, units)`; all of them where a study takes
-            no samples.
-        noise: of each step's sum, float64 `(steps, dimension)`; None where nothing is noised.
-    """
-
-    taken: Tensor
-    noise: Tensor | None
 
 
 class Steps:
@@ -72,20 +58,26 @@ class Steps:
         size = max(1, DRAWN // max(self.dimension, len(self.features)))
         return [min(size, count - start) for start in range(0, count, size)]
 
-    def draw(self, source: NoiseSource, steps: int) -> Block:
-        """Draw the randomness of so many steps: first all samples, then all noise.
+    def taken(self, source: NoiseSource, steps: int) -> Tensor:
+        """Draw which units so many steps take, bool `(steps, units)`; all where none are sampled.
 
         Args:
-            source: of this release alone.
+            source: of this release alone; a block's samples come before its noise.
         """
         units, rate = len(self.features), self.study.training.sample_rate
-        taken = self.used.expand(steps, units)
-        if rate is not None:
-            taken = source.bernoulli(steps * units, rate).view(steps, units) & taken
+        if rate is None:
+            return self.used.expand(steps, units)
+        return source.bernoulli(steps * units, rate).view(steps, units).logical_and_(self.used)
+
+    def noise(self, sources: Sequence[NoiseSource], steps: int) -> Tensor | None:
+        """Draw the noise of so many steps' sums for each source, `(sources, steps, dimension)`.
+
+        None where the study is not private.
+        """
         if not self.study.private:
-            return Block(taken, None)
+            return None
         clip = self.study.privacy.clip_norm
-        return Block(taken, mechanism.noise(steps, self.dimension, clip, self.sigma, source))
+        return mechanism.noise(sources, steps, self.dimension, clip, self.sigma)
 
 
 def _usable(features: Features) -> Tensor:

@@ -178,10 +178,11 @@ class Trainer(Steps):
         self._source = source
         optimizer = self._optimizer(rate)
         for count in self.blocks:
-            drawn = self.draw(source, count)
+            taken = self.taken(source, count)
+            noise = self.noise([source], count)
             for step in range(count):
-                self._accumulate(optimizer, drawn.taken[step].nonzero().flatten())
-                optimizer.drawn = None if drawn.noise is None else drawn.noise[step]
+                self._accumulate(optimizer, taken[step].nonzero().flatten())
+                optimizer.drawn = None if noise is None else noise[0, step]
                 if not self.study.training.sampled:
                     optimizer.pre_step()
                     found = {name: _array(p.grad) for name, p in self._parameters()}

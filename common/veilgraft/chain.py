@@ -110,6 +110,8 @@ class Chain:
         # Threads may share it: the lock keeps one's steps out of another's transaction.
         self._lock = threading.RLock()
         self._depth = 0
+        # Number and hash of the last entry: known only while no other process may write.
+        self._last: tuple[int, bytes] | None = None
         try:
             if not path.exists():
                 if exists:
@@ -176,12 +178,14 @@ class Chain:
             # was done within would never be written.
             inner = self._depth > 0
             begin, end, undo = _SAVEPOINT if inner else _TRANSACTION
+            self._last = self._last if inner else None
             self._execute(begin)
             self._depth += 1
             try:
                 yield
                 self._execute(end)
             except BaseException:
+                self._last = None
                 with contextlib.suppress(*_DAMAGED):
                     for statement in undo:
                         self._db.execute(statement)
@@ -228,13 +232,16 @@ class Chain:
 
     def append(self, site: str, study: str, kind: str, body: dict[str, Any]) -> int:
         """Add an entry, with the time, within a transaction; return its sequence number."""
-        last = self.rows("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1")
-        seq, previous = last[0] if last else (0, b"")
+        if self._last is None:
+            last = self.rows("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1")
+            self._last = last[0] if last else (0, b"")
+        seq, previous = self._last
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         row = (seq + 1, site, study, kind, _canonical({**body, "time": time}))
         hash_ = _chained(previous, *row)
         self._execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", (*row, hash_))
-        return int(row[0])
+        self._last = (seq + 1, hash_)
+        return seq + 1
 
     def _entry(self, row: tuple[Any, ...]) -> Entry:
         seq, site, study, kind, body, chained = row

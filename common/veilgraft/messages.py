@@ -9,6 +9,7 @@ signature is over the header's, and the header holds the payload's digest. Flowe
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias, TypeVar
 
 import numpy as np
@@ -31,7 +32,7 @@ from veilgraft.logs import plain
 from veilgraft.study import Digest, Kind, Name
 
 if TYPE_CHECKING:
-    from flwr.app import RecordDict
+    from flwr.app import ArrayRecord, RecordDict
 
 MAX_HEADER = 4096
 """Bytes; a longer header is refused before it is parsed."""
@@ -279,15 +280,22 @@ def unpack(
 
 def to_record(envelope: Envelope) -> "RecordDict":
     """Return the message as Flower carries it: the payload's bytes as one array."""
-    from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+    from flwr.app import ConfigRecord, RecordDict
 
-    payload = Array("uint8", (len(envelope.payload),), "veilgraft.bytes", envelope.payload)
     return RecordDict(
         {
             "header": ConfigRecord({"bytes": envelope.header, "signature": envelope.signature}),
-            "payload": ArrayRecord({"bytes": payload}),
+            "payload": _payload(envelope.payload),
         }
     )
+
+
+# One head goes to all sites; nobody changes the record.
+@lru_cache(maxsize=1)
+def _payload(payload: bytes) -> "ArrayRecord":
+    from flwr.app import Array, ArrayRecord
+
+    return ArrayRecord({"bytes": Array("uint8", (len(payload),), "veilgraft.bytes", payload)})
 
 
 def from_record(record: "RecordDict") -> Envelope:

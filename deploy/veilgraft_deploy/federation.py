@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from flwr.app import Context
+from flwr.app import Context, Message
 from flwr.serverapp import ServerApp
 
+from veilgraft import messages
 from veilgraft.chain import ChainError
 from veilgraft.study import Study
 from veilgraft_client.app import client_app
 from veilgraft_client.ledger import Ledger
-from veilgraft_client.vault import Vault
-from veilgraft_deploy.inprocess import InProcessGrid
+from veilgraft_client.vault import Vault, answers
+from veilgraft_deploy.inprocess import FIRST_NODE, InProcessGrid
 from veilgraft_deploy.population import Population
 from veilgraft_deploy.progress import Silent, Watcher, noted
 from veilgraft_server import checkpoint, evaluation
@@ -123,9 +124,16 @@ def _in_process(run: Run, server: ServerApp, population: Population) -> None:
     with ledger.transaction():
         for vault in vaults:
             vault.approve(run.study)
-    app = client_app(lambda context: vaults[int(context.node_config["partition-id"])])
+
+    def answer(asked: Sequence[Message]) -> list[Message]:
+        nodes = [vaults[each.metadata.dst_node_id - FIRST_NODE] for each in asked]
+        envelopes = [messages.from_record(each.content) for each in asked]
+        found = answers(list(zip(nodes, envelopes, strict=True)))
+        records = map(messages.to_record, found)
+        return [Message(r, reply_to=each) for r, each in zip(records, asked, strict=True)]
+
     # One synced transaction a round: answers leave the grid only after it has ended.
-    grid = InProcessGrid(app, len(vaults), ledger.transaction)
+    grid = InProcessGrid(answer, len(vaults), ledger.transaction)
     with _one_thread():
         server(grid, grid.context)
     ledger.close()

@@ -1,11 +1,12 @@
-"""A Flower `Grid` without a network: each message goes straight to the `ClientApp`.
+"""A Flower `Grid` without a network: messages go straight to who answers them.
 
-The same apps and the same `Message`s as everywhere; only the transport differs. A round with ten
-sites costs milliseconds, where Flower's Ray engine polls for a tenth of a second.
+The same server app and the same `Message`s as everywhere; only the transport differs. A round with
+ten sites costs milliseconds, where Flower's Ray engine polls for a tenth of a second.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from typing import TypeAlias
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -17,23 +18,30 @@ RUN_ID = 1
 SERVER_NODE = 1
 FIRST_NODE = 2
 
+Answers: TypeAlias = Callable[[Sequence[Message]], Sequence[Message]]
+"""Answers messages, each to the node that it names, in their order."""
+
+
+def one_by_one(app: ClientApp, nodes: int) -> Answers:
+    """Have a client app answer for `nodes` nodes, one message after the other."""
+    contexts = {FIRST_NODE + index: _context(FIRST_NODE + index, index) for index in range(nodes)}
+    return lambda asked: [app(each, contexts[each.metadata.dst_node_id]) for each in asked]
+
 
 class InProcessGrid(Grid):  # type: ignore[misc]
-    """Calls one client app for `nodes` nodes, one after the other.
+    """Has `nodes` nodes answered for.
 
     Args:
         scope: entered around each exchange; the answers leave after it has ended well.
     """
 
     def __init__(
-        self, app: ClientApp, nodes: int, scope: Callable[[], AbstractContextManager[None]]
+        self, answers: Answers, nodes: int, scope: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        self._app = app
+        self._answers = answers
         self._scope = scope
         self.context = _context(SERVER_NODE, -1)
-        self._contexts = {
-            FIRST_NODE + index: _context(FIRST_NODE + index, index) for index in range(nodes)
-        }
+        self._nodes = [FIRST_NODE + index for index in range(nodes)]
         self._replies: dict[str, Message] = {}
         self._run = Run.create_empty(RUN_ID)
         # Flower 1.41 reads these when a Message is made.
@@ -61,19 +69,19 @@ class InProcessGrid(Grid):  # type: ignore[misc]
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the nodes' ids; the site with index i has the i-th."""
-        return list(self._contexts)
+        return self._nodes
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Deliver messages and keep the replies until they are pulled."""
-        answered: dict[str, Message] = {}
+        asked: dict[str, Message] = {}
+        for message in messages:
+            identifier = f"{message.metadata.group_id}:{message.metadata.dst_node_id}"
+            message.metadata.__dict__["_message_id"] = identifier
+            asked[identifier] = message
         with self._scope():
-            for message in messages:
-                identifier = f"{message.metadata.group_id}:{message.metadata.dst_node_id}"
-                message.metadata.__dict__["_message_id"] = identifier
-                context = self._contexts[message.metadata.dst_node_id]
-                answered[identifier] = self._app(message, context)
-        self._replies |= answered
-        return list(answered)
+            answers = self._answers(list(asked.values()))
+        self._replies |= zip(asked, answers, strict=True)
+        return list(asked)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return replies that were not yet pulled."""

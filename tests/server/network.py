@@ -15,7 +15,7 @@ from veilgraft import messages
 from veilgraft.identity import PublicKey, SigningKey
 from veilgraft.messages import Envelope
 from veilgraft_client.app import client_app
-from veilgraft_deploy.inprocess import FIRST_NODE, InProcessGrid
+from veilgraft_deploy.inprocess import FIRST_NODE, InProcessGrid, one_by_one
 from veilgraft_server.post import Post
 
 Middle = Callable[[int, Envelope, Callable[[Envelope], Envelope]], Envelope | None]
@@ -50,7 +50,7 @@ class Wire(InProcessGrid):
     """The in-process grid with ids of its own for each message, and nodes that come and go."""
 
     def __init__(self, app: ClientApp, nodes: int) -> None:
-        super().__init__(app, nodes, contextlib.nullcontext)
+        super().__init__(one_by_one(app, nodes), nodes, contextlib.nullcontext)
         self.there = set(super().get_node_ids())
         self.count = 0
 
@@ -73,7 +73,7 @@ class Wire(InProcessGrid):
             return None
         message.metadata.__dict__["_message_id"] = identifier
         with contextlib.suppress(_LostError):
-            self._replies[identifier] = self._app(message, self._contexts[node])
+            (self._replies[identifier],) = self._answers([message])
         return identifier
 
 

@@ -15,7 +15,7 @@ from veilgraft.errors import QuorumError, Refusal
 from veilgraft.messages import Envelope, Here, Refused, Release, Request
 from veilgraft.model.score import Score
 from veilgraft.study import Study
-from veilgraft_deploy.inprocess import InProcessGrid
+from veilgraft_deploy.inprocess import InProcessGrid, one_by_one
 from veilgraft_server import checkpoint
 from veilgraft_server.app import Job, server_app
 from veilgraft_server.checkpoint import Round
@@ -104,7 +104,9 @@ def run(
         evaluate=lambda _: None if accuracy is None else Score(accuracy, 1.0, 10),
         tell=told.append,
     )
-    grid = InProcessGrid(sites(*answers), len(answers), contextlib.nullcontext)
+    grid = InProcessGrid(
+        one_by_one(sites(*answers), len(answers)), len(answers), contextlib.nullcontext
+    )
     server_app(job)(grid, grid.context)
     return told
 

@@ -298,5 +298,7 @@ def test_a_record_of_no_known_form_does_not_count(
 
     with network(tmp_path, "a") as net:
         foreign = RecordDict({"header": ConfigRecord({"bytes": [1.0]})})
-        monkeypatch.setattr(net.grid, "_app", lambda message, _: Message(foreign, reply_to=message))
+        monkeypatch.setattr(
+            net.grid, "_answers", lambda asked: [Message(foreign, reply_to=m) for m in asked]
+        )
         assert "expected a record" in ask(net).failed["a"]

@@ -68,7 +68,7 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _above(rows: Tensor) -> Tensor:
     """Return a power of two above each row's largest number, and at most twice as large."""
-    largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True).clamp_(min=_TINY)
+    largest = rows.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
     power: Tensor = (largest.view(torch.int64) & _EXPONENT).view(torch.float64)
     return power * 2.0
 

@@ -79,18 +79,15 @@ def module(
     import torch
     from torch import nn
 
-    from veilgraft.model.rowwise import Gelu, RowLinear
+    from veilgraft.model.rowwise import Gelu, Linear, RowLinear
 
     activations = {"relu": nn.ReLU, "gelu": Gelu if rowwise else nn.GELU, "tanh": nn.Tanh}
     head = nn.Sequential()
     layers = _layers(spec, dim, outputs)
     for index, (inputs, units) in enumerate(layers):
-        # nn.Linear would draw its start from torch's global generator.
-        linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-            RowLinear if rowwise else nn.Linear, inputs, units, dtype=torch.float64
-        )
+        linear = (RowLinear if rowwise else Linear)(inputs, units, dtype=torch.float64)
         if rowwise:
-            linear.first = index == 0
+            linear.first = index == 0  # type: ignore[assignment]
         head.add_module(f"linear{index}", linear)
         if index < len(layers) - 1:
             head.add_module(f"activation{index}", activations[spec.activation]())

@@ -57,7 +57,20 @@ class _Product(torch.autograd.Function):
         return None if ctx.first else product(gradients[0], weight), None, None, None
 
 
-class RowLinear(nn.Linear):
+class Linear(nn.Linear):
+    """`nn.Linear` whose parameters are to be loaded: made of ones, not of random numbers.
+
+    Its own would come from torch's global generator; and `skip_init` imports a second of sympy.
+    """
+
+    def reset_parameters(self) -> None:
+        """Start from ones."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.fill_(1.0)
+
+
+class RowLinear(Linear):
     """`nn.Linear` row by row, whose parameters get no gradient.
 
     The gradient by the parameters is a sum over instances. Whoever needs it by unit forms it from

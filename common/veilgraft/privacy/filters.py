@@ -92,6 +92,7 @@ class LifeFilter:
             _check_order(order)
 
     @classmethod
+    @lru_cache(maxsize=256)
     def fixed(cls, max_epsilon: float, delta: float) -> "LifeFilter":
         """Return the filters for a cap, chosen from the cap and `delta` alone.
 
@@ -138,14 +139,19 @@ class LifeFilter:
         >>> round(life.epsilon(planned=study, chosen=study), 1)
         4.1
         """
-        before, since = tuple(planned), tuple(chosen)
-        share = self.delta / 4 / len(self.orders)
-        figures = [filter_epsilon(before + since, share, order) for order in self.orders]
-        if all(event.sample_rate == 1 for event in before + since):
-            figures.append(gaussian_filter_epsilon(before + since, self.delta / 4))
-        if not since:
-            figures.append(accounting.epsilon(before, self.delta / 2))
-        return min(figures)
+        return _figure(self, tuple(planned), tuple(chosen))
+
+
+# A thousand simulated sites ask the same.
+@lru_cache(maxsize=256)
+def _figure(life: LifeFilter, before: tuple[Event, ...], since: tuple[Event, ...]) -> float:
+    share = life.delta / 4 / len(life.orders)
+    figures = [filter_epsilon(before + since, share, order) for order in life.orders]
+    if all(event.sample_rate == 1 for event in before + since):
+        figures.append(gaussian_filter_epsilon(before + since, life.delta / 4))
+    if not since:
+        figures.append(accounting.epsilon(before, life.delta / 2))
+    return min(figures)
 
 
 def renyi(events: Iterable[Event], order: int) -> float:

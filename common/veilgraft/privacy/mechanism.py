@@ -51,7 +51,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from veilgraft.privacy.noise import NoiseSource
+from veilgraft.privacy.noise import NoiseSource, fill
 
 SLACK = 1e-6
 """Share of the clip norm that is kept free for rounding."""
@@ -161,20 +161,25 @@ def noised(total: Tensor, clip_norm: float, noise_multiplier: float, source: Noi
     # Written so that NaN fails; the message keeps the value to itself.
     if not bool((total.abs() <= MAX_UNITS * clip_norm).all()):
         raise ValueError("total: expected a finite sum of clipped gradients")
-    drawn = noise(1, len(total), clip_norm, noise_multiplier, source)[0]
+    drawn = noise([source], 1, len(total), clip_norm, noise_multiplier)[0, 0]
     return add_noise(total, clip_norm, noise_multiplier, drawn.to(total.device))
 
 
 def noise(
-    count: int, dimension: int, clip_norm: float, noise_multiplier: float, source: NoiseSource
+    sources: Sequence[NoiseSource],
+    count: int,
+    dimension: int,
+    clip_norm: float,
+    noise_multiplier: float,
 ) -> Tensor:
-    """Draw the noise of so many sums of one release, rounded to the grid: `(count, dimension)`.
+    """Draw the noise of so many sums of each source's release, `(sources, count, dimension)`.
 
-    Raises as `noised` does.
+    It is rounded to the grid. Raises as `noised` does.
     """
     step = grid(clip_norm, noise_multiplier, dimension)
-    normals = source.normal(count * dimension).mul_(noise_multiplier * clip_norm / step)
-    return normals.round_().mul_(step).view(count, dimension)
+    place = torch.empty(len(sources), count * dimension, dtype=torch.float64, device="cpu")
+    fill(sources, place).mul_(noise_multiplier * clip_norm / step).round_().mul_(step)
+    return place.view(len(sources), count, dimension)
 
 
 def add_noise(totals: Tensor, clip_norm: float, noise_multiplier: float, drawn: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -123,14 +124,8 @@ class NoiseSource:
 
         Raises ValueError if n is negative.
         """
-        pairs = (_count(n) + 1) // 2
-        self._claim(3 * pairs)
-        normals = torch.empty(2 * pairs, dtype=torch.float64, device="cpu")
-        for start in range(0, pairs, _PAIRS):
-            size = min(_PAIRS, pairs - start)
-            block = box_muller(self._words(3 * size).view(3, size))
-            normals[2 * start : 2 * (start + size)] = block
-        return normals[:n]
+        self._expect(3 * ((_count(n) + 1) // 2))
+        return fill([self], torch.empty(1, n, dtype=torch.float64, device="cpu"))[0]
 
     def bernoulli(self, n: int, p: float) -> Tensor:
         """Draw n independent coins, bool `(n,)`, each True with probability p.
@@ -168,6 +163,11 @@ class NoiseSource:
         self._keystream = None
 
     def _claim(self, words: int) -> None:
+        """Count so many words as used."""
+        self._expect(words)
+        self._left -= words
+
+    def _expect(self, words: int) -> None:
         """Check that the source may be used, and for how much, before memory is taken."""
         if self._keystream is None:
             raise RuntimeError("NoiseSource: used after it was closed")
@@ -175,15 +175,18 @@ class NoiseSource:
             raise RuntimeError("NoiseSource: used in another process than the one that made it")
         if words > self._left:
             raise RuntimeError("NoiseSource: the keystream of one release is spent")
-        self._left -= words
 
     def _words(self, n: int) -> Tensor:
         """Take n words of keystream, int64 `(n,)`: encrypted zeros."""
         words = torch.empty(n, dtype=torch.int64, device="cpu")
-        target = words.view(torch.uint8).numpy().data
-        if self._keystream is None or self._keystream.update_into(_ZEROS[: 8 * n], target) != 8 * n:
-            raise RuntimeError("NoiseSource: the cipher gave less than it was asked for")
+        self._keystream_into(words)
         return words
+
+    def _keystream_into(self, words: Tensor) -> None:
+        size = 8 * len(words)
+        target = words.view(torch.uint8).numpy().data
+        if self._keystream is None or self._keystream.update_into(_ZEROS[:size], target) != size:
+            raise RuntimeError("NoiseSource: the cipher gave less than it was asked for")
 
     def __enter__(self) -> Self:
         return self
@@ -205,8 +208,33 @@ class NoiseSource:
         return f"<NoiseSource: {kind}, {state}>"
 
 
+def fill(sources: Sequence[NoiseSource], normals: Tensor) -> Tensor:
+    """Fill each row of a matrix from its own source, as if by `normal`, all at once; return it.
+
+    Args:
+        normals: float64 on the CPU, `(sources, n)`.
+
+    Raises ValueError if it is no such matrix, and RuntimeError if a source may not be used.
+    """
+    if normals.shape[:1] != (len(sources),) or normals.ndim != 2:
+        raise ValueError("normals: expected a matrix with a row for each source")
+    if normals.dtype != torch.float64 or normals.device.type != "cpu":
+        raise ValueError("normals: expected float64 on the CPU")
+    pairs = (normals.shape[1] + 1) // 2
+    for source in sources:
+        source._claim(3 * pairs)
+    for start in range(0, pairs, _PAIRS):
+        size = min(_PAIRS, pairs - start)
+        words = torch.empty(len(sources), 3 * size, dtype=torch.int64, device="cpu")
+        for source, row in zip(sources, words, strict=True):
+            source._keystream_into(row)
+        place = normals[:, 2 * start : 2 * (start + size)]
+        place.copy_(box_muller(words.view(len(sources), 3, size))[:, : place.shape[1]])
+    return normals
+
+
 def box_muller(words: Tensor) -> Tensor:
-    """Turn uniform words, int64 `(3, m)`, into 2m independent standard normals, float64 `(2m,)`.
+    """Turn uniform words, int64 `(…, 3, m)`, into independent standard normals, `(…, 2m)`.
 
     The rows are radius, angle and dither. With U = (k + 1) 2^-63 in (0, 1], k the lower 63 bits of
     a radius word, and V uniform on [-π, π], √(-2 ln U) (cos V, sin V) is a pair of independent
@@ -214,11 +242,11 @@ def box_muller(words: Tensor) -> Tensor:
     √(126 ln 2) = 9.34. Each half of a dither word, scaled to `DITHER`, is added to one normal.
     """
     # Small U, which make the tail, keep all their bits in float64; large U are rounded.
-    uniform = (words[0] & (2**63 - 1)).double().add_(1.0).mul_(2.0**-63)
+    uniform = (words[..., 0, :] & (2**63 - 1)).double().add_(1.0).mul_(2.0**-63)
     radius = uniform.log_().mul_(-2.0).sqrt_()
-    angle = words[1].double().mul_(math.pi * 2.0**-63)
-    normals = words[2].view(torch.int32).double().mul_(DITHER * 2.0**-32)
-    cosines, sines = normals.chunk(2)
+    angle = words[..., 1, :].double().mul_(math.pi * 2.0**-63)
+    normals = words[..., 2, :].view(torch.int32).double().mul_(DITHER * 2.0**-32)
+    cosines, sines = normals.chunk(2, -1)
     cosines.addcmul_(angle.cos(), radius)
     sines.addcmul_(angle.sin_(), radius)
     return normals

@@ -1,0 +1,42 @@
+"""Which engine trains a site's head: the fused one, or Opacus, the reference."""
+
+import os
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+
+from veilgraft.model.features import Features
+from veilgraft.study import Study
+from veilgraft_client.fused import Fused, fits
+
+if TYPE_CHECKING:
+    from veilgraft_client.training import Trainer
+
+Engine: TypeAlias = Literal["auto", "opacus", "fused"]
+
+AUTO = "VEILGRAFT_ENGINE"
+"""Environment variable: what `auto` stands for, to run everything under one engine."""
+
+
+def trainer(
+    study: Study, features: Features, *, sigma: float, units: float, engine: Engine, device: str
+) -> "Fused | Trainer":
+    """Return what trains one site's head; `auto` is the fused engine wherever its proof reaches.
+
+    Args:
+        sigma, units: see `steps.Steps`.
+        device: that the fused engine computes on; `auto` takes a GPU where there is one.
+
+    Raises:
+        ValueError: settings that can't be kept a promise for; nothing was paid.
+    """
+    if engine == "auto" and os.environ.get(AUTO) == "opacus":
+        engine = "opacus"
+    if engine == "fused" or (engine == "auto" and (fits(features) or not study.private)):
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return Fused(study, features, sigma=sigma, units=units, device=device)
+    # Not at the top: Opacus takes two seconds, which nobody else need wait.
+    from veilgraft_client.training import Trainer
+
+    return Trainer(study, features, sigma=sigma, units=units)
