@@ -18,7 +18,7 @@ outermost transaction has ended: a simulation holds all sites' steps of a round 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,35 +161,52 @@ class Ledger:
         Raises:
             RefusedError: no grant, nothing of it left, or the round was paid for another head.
         """
+        (found,) = self.reserve_all([key])
+        if isinstance(found, RefusedError):
+            raise found
+        return found
+
+    def reserve_all(self, keys: Sequence[Key]) -> list[int | bytes | RefusedError]:
+        """Do what `reserve` does for each key, in one write; an error stands for its key alone."""
         with self.transaction():
-            held = self._reservations(key)
-            for entry in held:
-                if entry.body["head"] != key.head:
-                    raise RefusedError(
-                        Refusal.ROUND_CONFLICT,
-                        f"{key.site}: round {key.round} was released for another head",
-                    )
-                if payload := self._payload(self._commit(entry.seq)):
-                    return payload
-            if held and not self._followed(held[-1].seq):
-                self._chain.append(key.site, key.study, "retry", {"reservation": held[-1].seq})
-                return held[-1].seq
-            return self._pay(key, attempt=len(held) + 1)
+            return [self._reserved(key) for key in keys]
+
+    def _reserved(self, key: Key) -> int | bytes | RefusedError:
+        held = self._reservations(key)
+        for entry in held:
+            if entry.body["head"] != key.head:
+                return RefusedError(
+                    Refusal.ROUND_CONFLICT,
+                    f"{key.site}: round {key.round} was released for another head",
+                )
+            if payload := self._payload(self._commit(entry.seq)):
+                return payload
+        if held and not self._followed(held[-1].seq):
+            self._chain.append(key.site, key.study, "retry", {"reservation": held[-1].seq})
+            return held[-1].seq
+        return self._pay(key, attempt=len(held) + 1)
 
     def commit(self, reservation: int, payload: bytes) -> bytes:
         """Store a release's bytes before they are sent, and return what is to be sent.
 
         If another process committed the same key first, its bytes are returned.
         """
+        return self.commit_all([(reservation, payload)])[0]
+
+    def commit_all(self, releases: Sequence[tuple[int, bytes]]) -> list[bytes]:
+        """Do what `commit` does for each reservation and its bytes, in one write."""
         with self.transaction():
-            entry = self._chain.entry(reservation)
-            for held in self._reservations(_key(entry)):
-                if stored := self._payload(self._commit(held.seq)):
-                    return stored
-            body = {"payload": _sha256(payload), "reservation": reservation}
-            seq = self._chain.append(entry.site, entry.study, "commit", body)
-            self._chain.rows("INSERT INTO payloads VALUES (?, ?)", seq, payload)
-            return payload
+            return [self._committed(*release) for release in releases]
+
+    def _committed(self, reservation: int, payload: bytes) -> bytes:
+        entry = self._chain.entry(reservation)
+        for held in self._reservations(_key(entry)):
+            if stored := self._payload(self._commit(held.seq)):
+                return stored
+        body = {"payload": _sha256(payload), "reservation": reservation}
+        seq = self._chain.append(entry.site, entry.study, "commit", body)
+        self._chain.rows("INSERT INTO payloads VALUES (?, ?)", seq, payload)
+        return payload
 
     def let_go(self, after: int, upto: int) -> None:
         """Forget the bytes of releases, by their entries' numbers, that nobody will ask for again.
@@ -306,10 +323,10 @@ class Ledger:
         cap = _UNCAPPED if terms.max_epsilon is None else terms.max_epsilon
         return LifeFilter.fixed(cap, terms.delta)
 
-    def _pay(self, key: Key, attempt: int) -> int:
+    def _pay(self, key: Key, attempt: int) -> int | RefusedError:
         grant = self._grant(key.site, key.study)
         if grant is None:
-            raise RefusedError(Refusal.STUDY_NOT_APPROVED, f"{key.site}: {key.study}: not granted")
+            return RefusedError(Refusal.STUDY_NOT_APPROVED, f"{key.site}: {key.study}: not granted")
         granted = grant["releases"].get(key.release, {"count": 0, "event": None})
         spent = self._chain.one(
             "SELECT count(*) FROM entries WHERE kind = 'reserve' AND site = ? AND study = ?"
@@ -319,7 +336,7 @@ class Ledger:
             key.release,
         )
         if spent >= granted["count"]:
-            raise RefusedError(
+            return RefusedError(
                 Refusal.UNAVAILABLE,
                 f"{key.site}: over budget: all {granted['count']} granted releases of kind "
                 f"{key.release} are spent",

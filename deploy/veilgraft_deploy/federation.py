@@ -26,7 +26,8 @@ from veilgraft.chain import ChainError
 from veilgraft.study import Study
 from veilgraft_client.app import client_app
 from veilgraft_client.ledger import Ledger
-from veilgraft_client.vault import Vault, answers
+from veilgraft_client.release import answers
+from veilgraft_client.vault import Vault
 from veilgraft_deploy.inprocess import FIRST_NODE, InProcessGrid
 from veilgraft_deploy.population import Population
 from veilgraft_deploy.progress import Silent, Watcher, noted

@@ -1,6 +1,6 @@
 """Pay, compute, store, send: the order of a release, and what a failure within it leaves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from veilgraft import messages
-from veilgraft.errors import Refusal
+from veilgraft.errors import Refusal, RefusedError
 from veilgraft.messages import Envelope, Refused, Release, Request
 from veilgraft.model import head as heads
 from veilgraft.model.features import Cohort, units
 from veilgraft.privacy import mechanism
 from veilgraft.study import Study
-from veilgraft_client import training
+from veilgraft_client import engines, fused, training
+from veilgraft_client.fused import Fused
 from veilgraft_client.ledger import Key, Ledger
 from veilgraft_client.policy import Site
 from veilgraft_client.training import Trainer
@@ -32,36 +33,49 @@ class WatchedLedger(Ledger):
         self.log = log
         self.returned: list[bytes] = []
 
-    def reserve(self, key: Key) -> int | bytes:
-        found = super().reserve(key)
-        self.log.append("reserve")
+    def reserve_all(self, keys: Sequence[Key]) -> list[int | bytes | RefusedError]:
+        found = super().reserve_all(keys)
+        self.log += ["reserve" for each in found if not isinstance(each, RefusedError)]
         return found
 
-    def commit(self, reservation: int, payload: bytes) -> bytes:
+    def commit_all(self, releases: Sequence[tuple[int, bytes]]) -> list[bytes]:
         self.log.append("commit")
-        self.returned.append(super().commit(reservation, payload))
-        return self.returned[-1]
+        found = super().commit_all(releases)
+        self.returned += found
+        return found
 
 
 class RacedLedger(WatchedLedger):
     """A ledger in which another process always commits the same release first."""
 
-    def commit(self, reservation: int, payload: bytes) -> bytes:
-        Ledger.commit(self, reservation, payload[::-1])
-        return super().commit(reservation, payload)
+    def commit_all(self, releases: Sequence[tuple[int, bytes]]) -> list[bytes]:
+        Ledger.commit_all(self, [(each, payload[::-1]) for each, payload in releases])
+        return super().commit_all(releases)
+
+
+@pytest.fixture(params=["fused", "opacus"], autouse=True)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `auto` is; every test runs with each."""
+    monkeypatch.setenv(engines.AUTO, request.param)
+    return str(request.param)
 
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens at a site, in order, as far as ledger and training go."""
     entries: list[str] = []
-    real = Trainer.update
 
-    def watched(self: Trainer, *args: Any) -> Any:
-        entries.append("compute")
-        return real(self, *args)
+    def watch(kind: type[Trainer] | type[Fused]) -> None:
+        real = kind.update
 
-    monkeypatch.setattr(Trainer, "update", watched)
+        def watched(self: Any, *args: Any) -> Any:
+            entries.append("compute")
+            return real(self, *args)
+
+        monkeypatch.setattr(kind, "update", watched)
+
+    watch(Trainer)
+    watch(Fused)
     return entries
 
 
@@ -154,18 +168,20 @@ def test_what_the_ledger_does_not_pay_for_is_not_computed(tmp_path: Path, log: l
 
 def _before_training(patch: pytest.MonkeyPatch, error: Callable[..., Any]) -> None:
     patch.setattr(Trainer, "update", error)
+    patch.setattr(Fused, "update", error)
 
 
 def _between_forward_and_backward(patch: pytest.MonkeyPatch, error: Callable[..., Any]) -> None:
     patch.setattr(training, "unit_losses", error)
+    patch.setattr(fused, "_residual", error)
 
 
 def _at_the_noise(patch: pytest.MonkeyPatch, error: Callable[..., Any]) -> None:
-    patch.setattr(mechanism, "noised", error)
+    patch.setattr(mechanism, "add_noise", error)
 
 
 def _at_the_commit(patch: pytest.MonkeyPatch, error: Callable[..., Any]) -> None:
-    patch.setattr(Ledger, "commit", error)
+    patch.setattr(Ledger, "commit_all", error)
 
 
 @pytest.mark.parametrize(
