@@ -102,6 +102,9 @@ class Chain:
     Raises:
         ChainError: no such file can be opened or made there; from any method, it can't be read,
             written or trusted.
+
+    Attributes:
+        undone: counts what was rolled back; who remembers entries must then look again.
     """
 
     def __init__(self, path: Path, *, schema: Schema, exists: bool = False) -> None:
@@ -112,6 +115,7 @@ class Chain:
         self._depth = 0
         # Number and hash of the last entry: known only while no other process may write.
         self._last: tuple[int, bytes] | None = None
+        self.undone = 0
         try:
             if not path.exists():
                 if exists:
@@ -186,6 +190,7 @@ class Chain:
                 self._execute(end)
             except BaseException:
                 self._last = None
+                self.undone += 1
                 with contextlib.suppress(*_DAMAGED):
                     for statement in undo:
                         self._db.execute(statement)

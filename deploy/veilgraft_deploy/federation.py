@@ -13,13 +13,12 @@ import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from flwr.app import Context, Message
-from flwr.serverapp import ServerApp
 
 from veilgraft import messages
 from veilgraft.chain import ChainError
@@ -92,7 +91,7 @@ def federate(run: Run, population: Population) -> Progress:
         tell=lambda round_: run.watcher.step(run.label, round_.round, rounds, noted(round_)),
     )
     engine = _in_process if run.engine == "inprocess" else _ray
-    engine(run, server_app(job), population)
+    engine(run, job, population)
     return checkpoint.load(run.checkpoint, run.study.digest)
 
 
@@ -119,14 +118,25 @@ def _check_paid(run: Run, ledger: Ledger, population: Population, history: Seque
             )
 
 
-def _in_process(run: Run, server: ServerApp, population: Population) -> None:
+def _in_process(run: Run, job: Job, population: Population) -> None:
     ledger = Ledger(run.ledger)
+    # Releases up to here are nobody's any more: first noted, then, with the next write, let go.
+    settled = gone = ledger.last()
+
+    def tell(round_: Round) -> None:
+        nonlocal settled
+        settled = ledger.last()
+        job.tell(round_)
+
     vaults = [_vault(run, ledger, population, index) for index in range(len(population.sites))]
     with ledger.transaction():
         for vault in vaults:
             vault.approve(run.study)
 
     def answer(asked: Sequence[Message]) -> list[Message]:
+        nonlocal gone
+        ledger.let_go(gone, settled)
+        gone = settled
         nodes = [vaults[each.metadata.dst_node_id - FIRST_NODE] for each in asked]
         envelopes = [messages.from_record(each.content) for each in asked]
         found = answers(list(zip(nodes, envelopes, strict=True)))
@@ -136,7 +146,7 @@ def _in_process(run: Run, server: ServerApp, population: Population) -> None:
     # One synced transaction a round: answers leave the grid only after it has ended.
     grid = InProcessGrid(answer, len(vaults), ledger.transaction)
     with _one_thread():
-        server(grid, grid.context)
+        server_app(replace(job, tell=tell))(grid, grid.context)
     ledger.close()
 
 
@@ -151,7 +161,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _ray(run: Run, server: ServerApp, population: Population) -> None:
+def _ray(run: Run, job: Job, population: Population) -> None:
     from flwr.simulation import run_simulation
 
     ledger = Ledger(run.ledger)
@@ -173,7 +183,7 @@ def _ray(run: Run, server: ServerApp, population: Population) -> None:
     init = {"include_dashboard": False, "log_to_driver": False}
     try:
         run_simulation(
-            server_app=server,
+            server_app=server_app(job),
             client_app=client_app(functools.partial(_remote_vault, json.dumps(facts))),
             num_supernodes=len(population.sites),
             backend_config={
