@@ -3,8 +3,6 @@
 import os
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import torch
-
 from veilgraft.model.features import Features
 from veilgraft.study import Study
 from veilgraft_client.fused import Fused, fits
@@ -19,13 +17,12 @@ AUTO = "VEILGRAFT_ENGINE"
 
 
 def trainer(
-    study: Study, features: Features, *, sigma: float, units: float, engine: Engine, device: str
+    study: Study, features: Features, *, sigma: float, units: float, engine: Engine
 ) -> "Fused | Trainer":
     """Return what trains one site's head; `auto` is the fused engine wherever its proof reaches.
 
     Args:
         sigma, units: see `steps.Steps`.
-        device: that the fused engine computes on; `auto` takes a GPU where there is one.
 
     Raises:
         ValueError: settings that can't be kept a promise for; nothing was paid.
@@ -33,9 +30,8 @@ def trainer(
     if engine == "auto" and os.environ.get(AUTO) == "opacus":
         engine = "opacus"
     if engine == "fused" or (engine == "auto" and (fits(features) or not study.private)):
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return Fused(study, features, sigma=sigma, units=units, device=device)
+        # On the CPU: what the guarantee needs of torch's kernels was looked at there alone.
+        return Fused(study, features, sigma=sigma, units=units)
     # Not at the top: Opacus takes two seconds, which nobody else need wait.
     from veilgraft_client.training import Trainer
 

@@ -9,13 +9,19 @@ before any gradient is formed, and the clipped sum is one matrix product.
 
 Guarantee: that of `training`. What has to be a unit's own to the last bit is δ, and with it the
 layers' outputs: they are `exact.product`s, of activations that are cut to 24 bits, and functions
-that torch computes alike for every row. All else is within the mechanism's slack:
+that torch computes alike for every row. So are the Gram matrices. All else is within the
+mechanism's slack:
 
 - A norm is off by a few roundings, relatively; of several instances, of the *sum* of their norms,
   which where they cancel is far more than the unit's. So a unit whose instances' norms add up to
-  more than `CANCELLED` times its own is clipped the plain way, from its gradient itself.
+  more than `CANCELLED` times its own is clipped the plain way, from its gradient itself. That
+  takes longer, which shows to the grain of a site's `reply_seconds`.
 - Summing n units adds at most n C `CANCELLED` of length, each part in at most 2,050 additions, for
   which the mechanism's proof has room while n `CANCELLED` is at most `MAX_UNITS`; `fits` says so.
+
+No number here overflows: activations and gradients beyond `BOUND`, or that are no numbers, make
+their own unit count for nothing, as in the mechanism's table, and weights can't grow so far. A sum
+that turned into NaN over one unit would be refused, and a refusal tells.
 """
 
 import math
@@ -47,6 +53,10 @@ NUMBERS = 2**21
 GATHERED = 2**17
 """Numbers of features gathered at a time, about; what is larger is not in the cache any more."""
 
+BOUND = 1e60
+"""Of activations and of gradients by them. Products of two, squared, are still floats; what is lost
+where their squares underflow is nothing beside any clip norm."""
+
 _ROUNDING = 2.0**-30
 """Above the relative error of a Gram norm's square: a rounding of 2^-53 for each of 2^20 terms."""
 
@@ -71,11 +81,25 @@ class Fused(Steps):
         if study.private and not fits(features):
             raise ValueError("expected fewer units, or instances of each, for the fused engine")
         self.device = device
-        self.values = _cut(features.values).to(device)
+        growth = self.largest_step * study.training.local_steps
+        if study.private and not growth <= BOUND:
+            raise ValueError("expected a learning rate with which a head stays below 1e60")
+        # What is not computed with may hold anything, and 0 × NaN would be NaN.
+        there = features.mask & self.used.unsqueeze(1)
+        values = features.values
+        if not bool(there.all()):
+            values = torch.where(there.unsqueeze(2), values, 0.0)
+        self.values = _cut(values).to(device)
         self.squares = _squares(self.values, features.mask).to(device)
         self.mask = features.mask.to(device)
         self.targets = features.targets.to(device)
-        self.single = features.mask.shape[1] == 1 and bool(features.mask.all())
+
+    @property
+    def largest_step(self) -> float:
+        """Return a bound on how far one step moves a weight, after any number of them."""
+        training, privacy = self.study.training, self.study.privacy
+        longest = (mechanism.MAX_UNITS + 10 * self.sigma) * privacy.clip_norm / self.normaliser
+        return training.learning_rate * longest / (1 - training.momentum)
 
     @property
     def form(self) -> tuple[object, ...]:
@@ -139,7 +163,6 @@ class _Sites:
         self.squares = _joined([each.squares for each in held])
         self.mask = _joined([each.mask for each in held])
         self.targets = _joined([each.targets for each in held])
-        self.single = all(each.single for each in held)
         sizes = [len(each.values) for each in held]
         self.offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1]
         start = np.stack([_flat(work.start) for work in works])
@@ -163,9 +186,7 @@ class _Sites:
                 noise = noise.to(self.device)
             picked = _picked(taken, self.offsets, self.device)
             for step, parts in enumerate(self._batches(picked)):
-                layers, total = self._layers(head), torch.zeros_like(head)
-                for part in parts:
-                    total = total + self._sum(layers, part)
+                total = self._total(self._layers(head), parts)
                 if noise is not None:
                     clip = self.study.privacy.clip_norm
                     total = mechanism.add_noise(total, clip, self.sigma, noise[:, step])
@@ -175,6 +196,20 @@ class _Sites:
                 velocity = mean if not training.momentum else velocity * training.momentum + mean
                 head = head - self.rate * velocity
         return self._released(head - self.start)
+
+    def _total(self, layers: list[tuple[Tensor, Tensor]], parts: "Iterable[_Batch]") -> Tensor:
+        """Return each site's sum of (clipped) gradients over all parts.
+
+        Small parts are added up before they are added to the total, so that a gradient passes
+        through no more additions than the mechanism's proof allows.
+        """
+        total = partial = torch.zeros_like(self.start)
+        held = 0
+        for part in parts:
+            partial, held = partial + self._sum(layers, part), held + part.valid.shape[1]
+            if held * self.instances >= ROWS:
+                total, partial, held = total + partial, torch.zeros_like(partial), 0
+        return total + partial
 
     def _released(self, found: Tensor) -> list[dict[str, npt.NDArray[np.float64]]]:
         sizes = [math.prod(shape) for shape in self.shapes.values()]
@@ -200,8 +235,7 @@ class _Sites:
         steps, _, widest = picked.places.shape
         if widest > self.at_once:
             for step in range(steps):
-                starts = range(0, picked.widths[step], self.at_once)
-                yield (self._gathered(picked.cut(step, at, self.at_once)) for at in starts)
+                yield map(self._gathered, picked.cut(step, self.at_once))
             return
         size = max(1, GATHERED // (self.numbers * max(1, widest)))
         for first in range(0, steps, size):
@@ -213,12 +247,7 @@ class _Sites:
         places = picked.places.flatten()
         shape = (*picked.places.shape, self.instances)
         x = self.values.index_select(0, places).double()
-        counts = picked.valid.unsqueeze(-1)
-        if not self.single:
-            mask = self.mask.index_select(0, places)
-            # A masked instance may hold anything, and 0 × NaN would be NaN.
-            x = torch.where(mask.unsqueeze(2), x, 0.0)
-            counts = counts & mask.view(shape)
+        counts = picked.valid.unsqueeze(-1) & self.mask.index_select(0, places).view(shape)
         targets = self.targets.index_select(0, places)
         return _Batch(
             x.view(*shape, x.shape[2]),
@@ -232,27 +261,33 @@ class _Sites:
         """Return each site's sum of (clipped) gradients over some units."""
         instances = self.instances
         # Instances are rows from here on: those of a unit follow one another.
-        inputs, slopes = self._forward(layers, batch.values.flatten(1, 2), batch.valid)
-        residual = _residual(inputs.pop(), batch.targets.flatten(1, 2))
-        if not (self.single and len(self.works) == 1):
-            residual = torch.where(batch.counts.flatten(1).unsqueeze(2), residual, 0.0)
-        deltas = _backward(layers, residual, slopes)
+        inputs, slopes, fine = self._forward(layers, batch)
+        residual, whole = _bounded(_residual(inputs.pop(), batch.targets.flatten(1, 2)))
+        deltas, fine = _backward(layers, residual, slopes, fine & whole)
+        # One spoilt instance spoils its unit; one that is not there, nothing.
+        usable = (fine.view_as(batch.counts) | ~batch.counts).all(2, keepdim=True)
+        there = (batch.counts & usable).flatten(1).unsqueeze(2)
+        deltas = [torch.where(there, delta, 0.0) for delta in deltas]
         if not self.study.private:
             return _gradient(deltas, inputs)
         clip = self.study.privacy.clip_norm
         if instances == 1:
             norms = _norms(deltas, inputs, batch.squares.flatten(1))
             return _gradient(_scaled(deltas, mechanism.clip_factors(norms, clip)), inputs)
+        # Cut like activations, so that products of two are a unit's own.
+        deltas = [exact.rounded(delta) for delta in deltas]
         norms, plain = _norms_of_several(deltas, inputs, instances)
         factors = torch.where(plain, mechanism.clip_factors(norms, clip), 0.0)
         scaled = _scaled(deltas, factors.repeat_interleave(instances, dim=1))
         return _gradient(scaled, inputs) + _cancelling(deltas, inputs, ~plain, instances, clip)
 
     def _forward(
-        self, layers: list[tuple[Tensor, Tensor]], rows: Tensor, valid: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the inputs of each layer and, last, the outputs; and the activations' slopes."""
-        spec, inputs, slopes = self.study.head, [rows], list[Tensor]()
+        self, layers: list[tuple[Tensor, Tensor]], batch: "_Batch"
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Return each layer's inputs and, last, the outputs; slopes; and which rows are fine."""
+        spec, slopes = self.study.head, list[Tensor]()
+        inputs = [batch.values.flatten(1, 2)]
+        fine = torch.ones(inputs[0].shape[:2], dtype=torch.bool, device=self.device)
         for index, (weight, bias) in enumerate(layers):
             outputs = exact.product(inputs[-1], weight) + bias.unsqueeze(1)
             if index == len(layers) - 1:
@@ -260,11 +295,13 @@ class _Sites:
                 break
             values, slope = _ACTIVATIONS[spec.activation](outputs)
             if spec.dropout:
-                kept = self._kept(values, valid, 1 - spec.dropout)
+                kept = self._kept(values, batch.valid, 1 - spec.dropout)
                 values, slope = values * kept, slope * kept
+            values, whole = _bounded(exact.rounded(values))
+            fine = fine & whole
             slopes.append(slope)
-            inputs.append(exact.rounded(values))
-        return inputs, slopes
+            inputs.append(values)
+        return inputs, slopes, fine
 
     def _kept(self, values: Tensor, valid: Tensor, probability: float) -> Tensor:
         """Draw dropout for the units that were taken, from each site's own source."""
@@ -295,10 +332,11 @@ class _Picked:
         part = slice(first, first + count)
         return _Picked(self.places[part], self.valid[part], self.widths[part])
 
-    def cut(self, step: int, first: int, count: int) -> "_Picked":
-        """Return some units of one step; what then holds them has no steps."""
-        part = slice(first, first + count)
-        return _Picked(self.places[step, :, part], self.valid[step, :, part], [])
+    def cut(self, step: int, size: int) -> "Iterator[_Picked]":
+        """Yield so many units of one step at a time; what then holds them has no steps."""
+        for first in range(0, self.widths[step], size):
+            part = slice(first, min(first + size, self.widths[step]))
+            yield _Picked(self.places[step, :, part], self.valid[step, :, part], [])
 
 
 @dataclass(frozen=True)
@@ -368,14 +406,24 @@ def _gelu(values: Tensor) -> tuple[Tensor, Tensor]:
 _ACTIVATIONS = {"relu": _relu, "tanh": _tanh, "gelu": _gelu}
 
 
+def _bounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows, zero where one holds what is not a number below `BOUND`, and which do not."""
+    # Written so that NaN fails.
+    fine = rows.abs().amax(-1) <= BOUND
+    return torch.where(fine.unsqueeze(-1), rows, 0.0), fine
+
+
 def _backward(
-    layers: list[tuple[Tensor, Tensor]], residual: Tensor, slopes: list[Tensor]
-) -> list[Tensor]:
-    """Return the gradient of each instance's loss by each layer's outputs."""
+    layers: list[tuple[Tensor, Tensor]], residual: Tensor, slopes: list[Tensor], fine: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Return the gradient of each instance's loss by each layer's outputs; which rows are fine."""
     deltas = [residual]
     for (weight, _), slope in zip(layers[:0:-1], reversed(slopes), strict=True):
-        deltas.insert(0, exact.product(exact.rounded(deltas[0]), weight.mT) * slope)
-    return deltas
+        found = exact.product(exact.rounded(deltas[0]), weight.mT) * slope
+        delta, whole = _bounded(found)
+        deltas.insert(0, delta)
+        fine = fine & whole
+    return deltas, fine
 
 
 def _gradient(deltas: list[Tensor], inputs: list[Tensor]) -> Tensor:
@@ -387,9 +435,8 @@ def _gradient(deltas: list[Tensor], inputs: list[Tensor]) -> Tensor:
 
 
 def _scaled(deltas: list[Tensor], factors: Tensor) -> list[Tensor]:
-    # A unit that is not finite has factor 0, and 0 × NaN would be NaN.
     weights = factors.unsqueeze(2)
-    return [(delta * weights).nan_to_num_(0.0, 0.0, 0.0) for delta in deltas]
+    return [delta * weights for delta in deltas]
 
 
 def _norms(deltas: list[Tensor], inputs: list[Tensor], squares: Tensor) -> Tensor:
@@ -412,7 +459,7 @@ def _norms_of_several(
     for delta, values in zip(deltas, inputs, strict=True):
         d, x = (each.view(len(each), -1, instances, each.shape[2]) for each in (delta, values))
         # The bias sees a one beside the inputs.
-        total = total + (x @ x.mT + 1) * (d @ d.mT)
+        total = total + (exact.product(x, x) + 1) * exact.product(d, d)
     gram = torch.as_tensor(total)
     apart = gram.diagonal(dim1=2, dim2=3).sqrt().sum(2).square()
     squares = gram.sum((2, 3))
@@ -424,21 +471,31 @@ def _cancelling(
     deltas: list[Tensor], inputs: list[Tensor], chosen: Tensor, instances: int, clip: float
 ) -> Tensor:
     """Return the clipped sums over these units, `(sites, dimension)`, from their gradients."""
-    sums = []
+    dimension = sum(d.shape[2] * (x.shape[2] + 1) for d, x in zip(deltas, inputs, strict=True))
+    sums = torch.zeros(len(chosen), dimension, dtype=torch.float64, device=chosen.device)
     for site, units in enumerate(chosen):
-        grads = []
-        for delta, values in zip(deltas, inputs, strict=True):
-            pair = (delta[site], values[site])
-            d, x = (each.view(-1, instances, each.shape[1])[units] for each in pair)
-            column, row = d.unsqueeze(3), x.unsqueeze(2)
-            # Instance by instance: a sum in another order would not be the unit's own.
-            weight, bias = column[:, 0] * row[:, 0], d[:, 0].clone()
-            for instance in range(1, instances):
-                weight += column[:, instance] * row[:, instance]
-                bias += d[:, instance]
-            grads += [weight, bias]
-        sums.append(mechanism.clipped_sum(grads, clip))
-    return torch.stack(sums)
+        places = units.nonzero().flatten()
+        for part in torch.split(places, max(1, NUMBERS // dimension)):
+            grads = []
+            for delta, values in zip(deltas, inputs, strict=True):
+                pair = (delta[site], values[site])
+                d, x = (each.view(-1, instances, each.shape[1])[part] for each in pair)
+                grads += _by_instance(d, x)
+            sums[site] += mechanism.clipped_sum(grads, clip)
+    return sums
+
+
+def _by_instance(d: Tensor, x: Tensor) -> list[Tensor]:
+    """Return units' gradients of a layer, added up instance by instance.
+
+    In another order a sum would not be the unit's own.
+    """
+    column, row = d.unsqueeze(3), x.unsqueeze(2)
+    weight, bias = column[:, 0] * row[:, 0], d[:, 0].clone()
+    for instance in range(1, d.shape[1]):
+        weight += column[:, instance] * row[:, instance]
+        bias += d[:, instance]
+    return [weight, bias]
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -59,7 +59,7 @@ class Site(Config):
             without noise or with a seed run here.
         seed: makes noise reproducible and nothing private; for public data alone.
         state: folder for features and ledger.
-        device: that backbone and head are computed on; `auto` takes a GPU where there is one.
+        device: that the backbone runs on; `auto` takes a GPU where there is one.
         engine: that trains heads: `fused`, `opacus`, the reference, or `auto`, which takes the
             fused one wherever its proof reaches.
         isolation: `full`: private studies are served only where the vault has no network, the

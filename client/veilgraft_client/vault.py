@@ -180,7 +180,6 @@ class Vault:
                 sigma=plan(study).sigma,
                 units=max(1.0, self.site.units * (1 - self.site.held_out)),
                 engine=self.site.engine,
-                device=self.site.device,
             )
 
     def _head(self, study: Study, request: Request, payload: bytes) -> heads.Arrays:

@@ -237,6 +237,9 @@ class Chain:
 
     def append(self, site: str, study: str, kind: str, body: dict[str, Any]) -> int:
         """Add an entry, with the time, within a transaction; return its sequence number."""
+        if not self._db.in_transaction:
+            # SQLite ends one by itself when it can't go on; a later write would be torn off.
+            raise ChainError(f"{self.path}: the transaction has ended")
         if self._last is None:
             last = self.rows("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1")
             self._last = last[0] if last else (0, b"")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from veilgraft.chain import ChainError
 from veilgraft.errors import RefusedError
 from veilgraft.model.backbone import FrozenBackbone
 from veilgraft.plan import Plan, plan
@@ -144,7 +145,10 @@ def _copied(site: Site) -> Iterator[Ledger]:
     with tempfile.TemporaryDirectory(prefix=".trial-", dir=site.state) as folder:
         copy = Path(folder) / path.name
         if path.exists():
-            with closing(sqlite3.connect(path)) as held, closing(sqlite3.connect(copy)) as trial:
-                held.backup(trial)
+            try:
+                with closing(sqlite3.connect(path)) as held, closing(sqlite3.connect(copy)) as own:
+                    held.backup(own)
+            except sqlite3.Error as error:
+                raise ChainError(f"{path}: can't be read: {error}") from None
         with closing(Ledger(copy)) as ledger:
             yield ledger

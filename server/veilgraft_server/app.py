@@ -197,7 +197,9 @@ def _ask(
     drops = [Drop(named[node], reason) for node, reason in answers.failed.items()]
     for drop in drops:
         log.warning("%s: %s dropped: %s", drop.site, kind, drop.reason)
-    sites.doubt(node for node, reason in answers.failed.items() if reason.startswith(REFUSED))
+    if kind == "update":
+        # Only here: sites are greeted again before the next.
+        sites.doubt(node for node, reason in answers.failed.items() if reason.startswith(REFUSED))
     return found, sorted(drops, key=lambda drop: drop.site)
 
 

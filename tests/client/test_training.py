@@ -20,8 +20,8 @@ from veilgraft.model.features import Features, units
 from veilgraft.privacy import mechanism
 from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
-from veilgraft_client import training
-from veilgraft_client.fused import Fused
+from veilgraft_client import fused, training
+from veilgraft_client.fused import Fused, Work, together
 from veilgraft_client.policy import LARGEST
 from veilgraft_client.training import PrivateOptimizer, Trainer
 
@@ -600,3 +600,166 @@ def test_a_unit_with_a_number_too_large_counts_for_nothing_and_the_site_is_told(
         trainer(study(), own).update(zeros(study()), 1.0, source())
     assert np.array_equal(steps[0].total, steps[1].total)
     assert "1 units count for nothing" in caplog.text
+
+
+only_fused = pytest.mark.parametrize("engine", [Fused], ids=["fused"], indirect=True)
+
+
+@pytest.mark.parametrize("instances", [1, 2])
+def test_a_step_of_many_units_holds_those_it_took_and_each_once(
+    steps: list[Step], instances: int
+) -> None:
+    """Samples of different sizes, each of more units than are computed at once."""
+    count, contract = 3000, sampled(0.5, 4)
+    held = features(count, instances=instances)
+    first = torch.zeros(count, 1, 1)
+    first[0] = 1e3
+    mask = torch.ones_like(held.mask)
+    alone = Features(held.values * 0 + first, mask, torch.zeros_like(held.targets))
+    trainer(contract, alone).update(zeros(contract), 0.0, source())
+    taken = source().bernoulli(len(steps) * count, 0.5).view(-1, count)
+    for step, chosen in zip(steps, taken, strict=True):
+        # The first unit is the only one whose weights' gradient is not zero.
+        weights = np.linalg.norm(step.total[: LABELS * DIM])
+        assert weights == pytest.approx(CLIP if chosen[0] else 0.0, rel=1e-3, abs=1e-12)
+        # Of the others, only the bias's: all alike.
+        others = int(chosen.sum()) - int(chosen[0])
+        one = np.array([-2.0, 1.0, 1.0]) / np.sqrt(6) * CLIP
+        assert np.linalg.norm(step.total[LABELS * DIM :] - others * one) <= CLIP
+
+
+@only_fused
+@pytest.mark.parametrize("at_once", [1, 7, 100])
+@pytest.mark.parametrize("instances", [1, 3])
+def test_parts_of_any_size_add_up_to_the_same(
+    steps: list[Step], monkeypatch: pytest.MonkeyPatch, at_once: int, instances: int
+) -> None:
+    contract, held = sampled(0.3, 1), features(500, instances=instances)
+    trainer(contract, held).update(start(contract), 0.1, source())
+    monkeypatch.setattr(fused, "ROWS", at_once * instances)
+    trainer(contract, held).update(start(contract), 0.1, source())
+    half = len(steps) // 2
+    for one, other in zip(steps[:half], steps[half:], strict=True):
+        np.testing.assert_allclose(one.total, other.total, rtol=0, atol=1e-12)
+
+
+def deep(count: int, last: float, bias: float) -> tuple[Study, dict[str, Array]]:
+    """A head of one number a layer that grows by 1e4 in each."""
+    contract = study(head={"type": "mlp", "hidden": [1] * count, "activation": "relu"}, labels=2)
+    head = {
+        name: np.full(array.shape, 0.0 if "bias" in name else 1e4)
+        for name, array in zeros(contract, 1).items()
+    }
+    head[f"linear{count}.weight"] = np.array([[last], [-last]])
+    head[f"linear{count}.bias"] = np.array([bias, 0.0])
+    return contract, head
+
+
+@pytest.mark.parametrize("layers", [14, 20, 39, 78])
+@pytest.mark.parametrize("instances", [1, 2])
+def test_no_head_makes_a_refusal_of_one_unit(layers: int, instances: int) -> None:
+    """A head whose outputs overflow for one unit, and for no other."""
+    contract, head = deep(layers, 1.0, 0.0)
+    values = np.zeros((50, instances, 1), np.float32)
+    values[0] = 1.0
+    mask = torch.ones(50, instances, dtype=torch.bool)
+    held = Features(torch.from_numpy(values), mask, torch.zeros(50, instances).long())
+    found = flat(trainer(contract, held).update(head, 1.0, source()))
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("bias", [300.0, 372.1, 372.7, 700.0])
+@pytest.mark.parametrize("layers", [13, 14, 37, 38, 39])
+def test_a_gradient_whose_factors_underflow_is_clipped_all_the_same(
+    steps: list[Step], layers: int, bias: float
+) -> None:
+    contract, head = deep(layers, 0.0, bias)
+    values = contract.model_dump()
+    values["privacy"]["clip_norm"] = 1e-9
+    tight = Study.model_validate(values)
+    one = units(np.ones((1, 1), np.float32), torch.tensor([0]))
+    trainer(tight, one).update(head, 1.0, source())
+    assert np.linalg.norm(steps[0].total) <= 1e-9
+
+
+@only_fused
+def test_one_site_s_unit_spoils_no_other_site() -> None:
+    contract = sampled(0.5, 2)
+    spoilt, sound = features(3, instances=1), features(40, instances=1)
+    spoilt.values[0] = math.nan
+    spoilt.mask[:], sound.mask[:] = True, True
+    both = [Fused(contract, held, sigma=SIGMA, units=50) for held in (spoilt, sound)]
+    works = [Work(each, start(contract), 0.1, source(i)) for i, each in enumerate(both)]
+    apart = [each.update(start(contract), 0.1, source(i)) for i, each in enumerate(both)]
+    for one, other in zip(together(works), apart, strict=True):
+        assert np.isfinite(flat(one)).all()
+        np.testing.assert_allclose(flat(one), flat(other), rtol=0, atol=1e-9)
+
+
+@only_fused
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+@pytest.mark.parametrize("head", [{}, {**MLP, "dropout": 0.3}], ids=["linear", "mlp"])
+@pytest.mark.parametrize("algorithm", ["dp-gd", "dp-sgd", "none"])
+def test_sites_that_are_trained_together_release_what_each_would_alone(
+    head: dict[str, Any], task: str, algorithm: str
+) -> None:
+    if algorithm == "dp-sgd":
+        contract = sampled(0.2, 2, head=head, task=task, momentum=0.5)
+    else:
+        contract = study(algorithm, head=head, task=task)
+    sigma = SIGMA if contract.private else 0.0
+    works = []
+    for size in (1, 9, 60, 200):
+        own = Fused(contract, features(size, task=task), sigma=sigma, units=size)
+        works.append(Work(own, start(contract, seed=size), size / 100, source(size)))
+    for size, work, found in zip((1, 9, 60, 200), works, together(works), strict=True):
+        alone = work.trainer.update(work.start, work.rate, source(size))
+        np.testing.assert_allclose(flat(found), flat(alone), rtol=0, atol=1e-9)
+
+
+@only_fused
+@pytest.mark.parametrize("instances", [1, 3, 20])
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_all_that_decides_on_a_unit_is_its_own_to_the_last_bit(
+    monkeypatch: pytest.MonkeyPatch, head: dict[str, Any], instances: int
+) -> None:
+    seen: list[torch.Tensor] = []
+    real = fused._scaled
+
+    def watched(deltas: list[torch.Tensor], factors: torch.Tensor) -> list[torch.Tensor]:
+        found = real(deltas, factors)
+        seen.append(torch.cat([*found, factors.unsqueeze(2)], 2).flatten(0, 1))
+        return found
+
+    monkeypatch.setattr(fused, "_scaled", watched)
+    contract, held = study(head=head), features(700, instances=instances)
+
+    def decided(own: Features) -> torch.Tensor:
+        seen.clear()
+        trainer(contract, own).update(start(contract), 1.0, source())
+        return torch.cat(seen)
+
+    everything = decided(held)
+    for first, last in ((1, 700), (0, 1), *((70 - count, 70) for count in range(1, 71, 3))):
+        fewer = decided(held.select(slice(first, last)))
+        assert torch.equal(fewer, everything[first * instances : last * instances])
+
+
+@pytest.mark.parametrize("algorithm", ["dp-gd", "dp-sgd"])
+def test_instances_that_cancel_are_clipped_like_any_others(
+    steps: list[Step], algorithm: str
+) -> None:
+    """Two instances of one input and opposite labels, which leave nothing but their rounding."""
+    contract = sampled(0.9, 1) if algorithm == "dp-sgd" else study()
+    generator = np.random.default_rng(5)
+    values = np.repeat(generator.normal(size=(60, 1, DIM)), 4, axis=1) * 1e3
+    values[:, 2:] *= -1 + 1e-7 * generator.normal(size=(60, 2, 1))
+    targets = np.tile([0, 1, 0, 1], (60, 1))
+    mask = torch.ones(60, 4, dtype=torch.bool)
+    held = Features(torch.from_numpy(values.astype(np.float32)), mask, torch.from_numpy(targets))
+    trainer(contract, held).update(zeros(contract), 0.0, source())
+    trainer(contract, held.select(slice(1, None))).update(zeros(contract), 0.0, source())
+    if algorithm == "dp-gd":
+        assert np.linalg.norm(steps[0].total - steps[1].total) <= CLIP
+    gradients = linear_gradients(contract, held, zeros(contract))
+    assert np.linalg.norm(gradients, axis=1).max() > 0

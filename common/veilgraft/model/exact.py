@@ -31,7 +31,7 @@ _EXPONENT = 0x7FF << 52
 def rounded(rows: Tensor) -> Tensor:
     """Return rows `(..., n)`, float32 or float64, cut to `ROW_BITS` bits below each row's largest.
 
-    Rounding twice changes nothing. What is not finite spoils its own row alone.
+    What is not finite spoils its own row alone.
 
     >>> rounded(torch.tensor([[1.0, 2.0**-30]])).tolist()
     [[1.0, 0.0]]
