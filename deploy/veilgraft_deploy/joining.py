@@ -369,5 +369,8 @@ courier_user: {courier_user}
 reply_seconds: 1.0
 
 device: auto
+
+# What trains heads: auto, the fused engine wherever its proof reaches; or opacus, the reference.
+engine: auto
 state: state
 """
