@@ -21,7 +21,7 @@ from tests.system.hostile import HostileSuperLink, hello, request, sealed
 
 from veilgraft import messages
 from veilgraft.identity import SigningKey
-from veilgraft.messages import Envelope, Here
+from veilgraft.messages import Envelope
 from veilgraft_deploy import provision
 from veilgraft_deploy.provision import Bundle
 
@@ -172,10 +172,12 @@ def test_other_types_of_run_start_nothing(waiting: Federation, kind: TaskType) -
     with hostile.trap() as trap:
         program = hostile.thief(hostile.booty(waiting, "a", {}, trap.port))
         made = hostile.hostile_bundle(program)
-        reply = HostileSuperLink(waiting).push(made, "a", kind=kind).reply(150)
+        reply = HostileSuperLink(waiting).push(made, "a", kind=kind).reply(40)
         assert trap.caught == []
     if reply is not None:
         assert reply.has_error() and str(waiting.folder) not in repr(reply)
+    # Flower hands it to no other app: the SuperNode waits for it until it is started again.
+    waiting.kill("a/supernode")
     _still_serves(waiting, 150)
 
 
@@ -184,16 +186,16 @@ def _tree(folder: Path) -> dict[str, bytes]:
 
 
 def _still_serves(federation: Federation, seconds: float = 60) -> None:
-    """Greet the site as its coordinator does, by all that lies between."""
-    envelope = sealed(hello(federation), b"", coordinators_key(federation))
-    own = provision.bundle()
+    """Ask the vault as its coordinator does, by all that lies between, for what it notes."""
+    head, before = b"no head", len(federation.events("a"))
+    envelope = sealed(request(federation, "a", 1, head), head, coordinators_key(federation))
     pushed = HostileSuperLink(federation).push(
-        own, "a", records=messages.to_record(envelope), message_type="query"
+        provision.bundle(), "a", records=messages.to_record(envelope)
     )
     reply = pushed.reply(seconds)
     assert reply is not None and not reply.has_error(), federation.logs()
-    answer = messages.decode_answer(messages.from_record(reply.content).header)
-    assert isinstance(answer, Here) and answer.approved
+    (note,) = federation.events("a")[before:]
+    assert (note.kind, note.facts["code"]) == ("refused", "head-invalid")
 
 
 FLOOD = """
