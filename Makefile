@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := common client server deploy tests
 
-.PHONY: demo test drill check bench bench-real bench-scale demo-check backbone stubs wheels clean
+.PHONY: demo test drill check bench bench-real bench-round bench-scale demo-check backbone stubs wheels clean
 
 demo: $(STAMP)
 	$(BIN)/veilgraft demo --out runs/demo --overwrite
@@ -27,6 +27,9 @@ bench-real: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench.py
+
+bench-round: $(STAMP)
+	$(BIN)/python tests/bench/round.py
 
 bench-scale: $(STAMP)
 	$(BIN)/python tests/bench/scale.py
