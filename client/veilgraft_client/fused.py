@@ -262,12 +262,14 @@ class _Sites:
         instances = self.instances
         # Instances are rows from here on: those of a unit follow one another.
         inputs, slopes, fine = self._forward(layers, batch)
-        residual, whole = _bounded(_residual(inputs.pop(), batch.targets.flatten(1, 2)))
-        deltas, fine = _backward(layers, residual, slopes, fine & whole)
-        # One spoilt instance spoils its unit; one that is not there, nothing.
-        usable = (fine.view_as(batch.counts) | ~batch.counts).all(2, keepdim=True)
-        there = (batch.counts & usable).flatten(1).unsqueeze(2)
-        deltas = [torch.where(there, delta, 0.0) for delta in deltas]
+        residual = _residual(inputs.pop(), batch.targets.flatten(1, 2))
+        there, deltas = batch.counts, [residual]
+        # Features and weights are bounded: without a hidden layer nothing can overflow.
+        if slopes:
+            deltas, fine = _backward(layers, residual, slopes, fine)
+            # One spoilt instance spoils its unit; one that is not there, nothing.
+            there = there & (fine.view_as(there) | ~there).all(2, keepdim=True)
+        deltas = [torch.where(there.flatten(1).unsqueeze(2), delta, 0.0) for delta in deltas]
         if not self.study.private:
             return _gradient(deltas, inputs)
         clip = self.study.privacy.clip_norm
@@ -417,7 +419,8 @@ def _backward(
     layers: list[tuple[Tensor, Tensor]], residual: Tensor, slopes: list[Tensor], fine: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """Return the gradient of each instance's loss by each layer's outputs; which rows are fine."""
-    deltas = [residual]
+    delta, whole = _bounded(residual)
+    deltas, fine = [delta], fine & whole
     for (weight, _), slope in zip(layers[:0:-1], reversed(slopes), strict=True):
         found = exact.product(exact.rounded(deltas[0]), weight.mT) * slope
         delta, whole = _bounded(found)
