@@ -63,10 +63,10 @@ def _point(
 def _grid(study: Study) -> Iterator[Study]:
     grid = study.simulation.grid
     rate = study.training.learning_rate
-    rates = grid.get("learning_rate", tuple(rate * factor for factor in FACTORS))
-    counts = grid.get("rounds", (study.training.rounds,))
+    rates = grid.learning_rate or tuple(rate * factor for factor in FACTORS)
+    counts = grid.rounds or (study.training.rounds,)
     for learning_rate, rounds in itertools.product(rates, counts):
-        values = {"learning_rate": learning_rate, "rounds": int(rounds)}
+        values = {"learning_rate": learning_rate, "rounds": rounds}
         yield _changed(study, training=values)
 
 
