@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from veilgraft.study import Study
-from veilgraft_deploy.federation import Run, federate
+from veilgraft_deploy.federation import Run, rehearse
 from veilgraft_deploy.population import Population
 from veilgraft_deploy.source import Source
 
@@ -51,7 +51,7 @@ def _point(
     out = folder / point
     label = name.replace("_", " ")
     here = replace(run, study=study, out=out, label=label, engine="inprocess")
-    history = federate(here, population.under(study)).history
+    history = rehearse(here, population.under(study))
     return {
         "learning_rate": training.learning_rate,
         "rounds": training.rounds,

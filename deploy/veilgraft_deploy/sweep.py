@@ -2,8 +2,8 @@
 
 Features are made, and sites are laid out, once. Each point, once for each seed, is then the same
 federation as `veilgraft simulate` would run for a study that names the point's values: equal
-seeds give equal numbers. A point's ledger and checkpoint lie in `points/` while it runs and go
-when it has ended. At the end the folder holds `run.json` (what was swept), `sweep.csv`,
+seeds give equal numbers. A point's ledger lies in `points/` while it runs and goes when it
+has ended. At the end the folder holds `run.json` (what was swept), `sweep.csv`,
 `rounds.csv`, `sweep.png` and, written last, `report.json`.
 
 What is best is chosen by the accuracy over public records that is then shown, which flatters it.
@@ -28,7 +28,7 @@ from veilgraft.plan import plan
 from veilgraft.study import Study
 from veilgraft_deploy import folders, sweep_report
 from veilgraft_deploy.custody import check_apart, settled
-from veilgraft_deploy.federation import Engine, Run, federate
+from veilgraft_deploy.federation import Engine, Run, rehearse
 from veilgraft_deploy.population import Population
 from veilgraft_deploy.progress import Silent, Watcher
 from veilgraft_deploy.simulation import check_sites
@@ -217,9 +217,9 @@ def _trial(run: Run, population: Population, asked: _Asked) -> Trial:
     began, study = time.perf_counter(), asked.study
     out = _folder(run) / str(asked.number)
     here = replace(run, study=study, out=out, seed=asked.seed)
-    progress = federate(here, population.under(study))
+    history = rehearse(here, population.under(study))
     shutil.rmtree(out)
-    return Trial(study, asked.seed, progress.history, time.perf_counter() - began)
+    return Trial(study, asked.seed, history, time.perf_counter() - began)
 
 
 # --- Several processes, each with the population mapped from one file.

@@ -195,7 +195,8 @@ def _drawn(content: dict[str, Any]) -> bytes:
     axes.set_ylabel("accuracy")
     axes.set_title(content["study"]["name"])
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.containers:
+        axes.legend()
     made = io.BytesIO()
     figure.savefig(made, format="png", dpi=150)
     return made.getvalue()
