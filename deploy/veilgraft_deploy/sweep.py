@@ -17,13 +17,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from veilgraft.errors import InputError, Refusal, RefusedError
+from veilgraft.errors import InputError, Refusal, RefusedError, VeilgraftError
 from veilgraft.plan import plan
 from veilgraft.study import Study
 from veilgraft_deploy import folders, sweep_report
@@ -55,6 +56,13 @@ class _Asked:
     study: Study
     seed: int | None
     number: int
+
+
+_Pipe: TypeAlias = "Connection[Any, Any]"
+"""By which a process sends what it has run."""
+
+_Numbered: TypeAlias = tuple[int, Trial]
+"""What was run, with its place among all."""
 
 
 def sweep(
@@ -190,27 +198,27 @@ def _tried(run: Run, population: Population, asked: Sequence[_Asked], workers: i
     trained = (
         _together(run, population, asked, count) if count > 1 else _alone(run, population, asked)
     )
-    folder, trials = _folder(run), list[Trial]()
+    trials = dict[int, Trial]()
     try:
-        for trial in trained:
-            trials.append(trial)
+        for number, trial in trained:
+            trials[number] = trial
             last = trial.history[-1]
             shown = f"ε {last.epsilon:.3g}, rate {trial.study.training.learning_rate:g}"
             if last.accuracy is not None:
                 shown += f": accuracy {last.accuracy:.3f}"
             run.watcher.step("sweep", len(trials), len(asked), shown)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return trials
+        shutil.rmtree(_folder(run), ignore_errors=True)
+    return [trials[number] for number in sorted(trials)]
 
 
 def _folder(run: Run) -> Path:
     return run.out / "points"
 
 
-def _alone(run: Run, population: Population, asked: Sequence[_Asked]) -> Iterator[Trial]:
+def _alone(run: Run, population: Population, asked: Sequence[_Asked]) -> Iterator[_Numbered]:
     for each in asked:
-        yield _trial(run, population, each)
+        yield each.number, _trial(run, population, each)
 
 
 def _trial(run: Run, population: Population, asked: _Asked) -> Trial:
@@ -222,28 +230,64 @@ def _trial(run: Run, population: Population, asked: _Asked) -> Trial:
     return Trial(study, asked.seed, history, time.perf_counter() - began)
 
 
-# --- Several processes, each with the population mapped from one file.
-
-_held: tuple[Run, Population]
-
-
 def _together(
     run: Run, population: Population, asked: Sequence[_Asked], workers: int
-) -> Iterator[Trial]:
+) -> Iterator[_Numbered]:
+    """Share the work between processes, each with the population mapped from one file.
+
+    No `ProcessPoolExecutor`: its threads wait for ever after a second Ctrl-C, and where a process
+    died at its start. These processes are ended, however this one goes on.
+    """
     shared = _folder(run) / "population.safetensors"
     population.save(shared)
-    here = replace(run, watcher=Silent())
     # Not forked: torch's threads and the ledger's connections don't outlive a fork.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (here, shared)) as pool:
-        yield from pool.map(_remote, asked)
+    context, here = get_context("spawn"), replace(run, watcher=Silent())
+    processes, waiting = list[SpawnProcess](), list[_Pipe]()
+    try:
+        for first in range(workers):
+            receiver, sender = context.Pipe(duplex=False)
+            work = (here, shared, asked[first::workers], sender)
+            process = context.Process(target=_work, args=work, daemon=True)
+            process.start()
+            processes.append(process)
+            waiting.append(receiver)
+            # Then it ends when the process does.
+            sender.close()
+        while waiting:
+            ready = wait(waiting)
+            for receiver in [each for each in waiting if each in ready]:
+                found = _received(receiver)
+                if found is None:
+                    waiting.remove(receiver)
+                else:
+                    yield found
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
 
 
-def _begin(run: Run, shared: Path) -> None:
-    global _held
+def _received(receiver: _Pipe) -> _Numbered | None:
+    try:
+        found: _Numbered | Exception | None = receiver.recv()
+    except EOFError:
+        raise VeilgraftError("a process of the sweep ended before its work") from None
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _work(run: Run, shared: Path, asked: Sequence[_Asked], sender: _Pipe) -> None:
     # The parent's to handle; and who loses the parent must not write on beside a new sweep.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _held = run, Population.load(shared)
+    try:
+        for found in _alone(run, Population.load(shared), asked):
+            sender.send(found)
+        sender.send(None)
+    except Exception as error:  # noqa: BLE001 - the parent's to raise
+        sender.send(error)
 
 
 def _end_with_parent() -> None:
@@ -251,7 +295,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _remote(asked: _Asked) -> Trial:
-    return _trial(*_held, asked)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import shutil
 import signal
 import statistics
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from tests.system.command import one_sentence, report_of, veilgraft, written
 
-from veilgraft.errors import InputError
+from veilgraft.errors import InputError, Refusal, RefusedError
 from veilgraft.study import Study
 from veilgraft_deploy.sweep import points, sweep
 
@@ -95,17 +96,6 @@ def test_a_point_equals_a_plain_run_of_its_study_and_seed(
     assert [float(row["epsilon_so_far"]) for row in mine] == [r["epsilon"] for r in plain["rounds"]]
 
 
-def test_several_processes_find_what_one_finds(out: Path, state: Path, tmp_path: Path) -> None:
-    grid = {**GRID, "seeds": [0, 5, 6, 7]}
-    study = Study.read(swept(tmp_path, grid))
-    report = sweep(study, out=tmp_path / "out", state=state, workers=2)
-    assert len(report["points"]) == 4
-    again = [row for row in lines(tmp_path / "out" / "sweep.csv") if row["seed"] in ("0", "5")]
-    for one, other in zip(again, lines(out / "sweep.csv"), strict=True):
-        assert {**one, "seconds": ""} == {**other, "seconds": ""}
-    assert not (tmp_path / "out" / "points").exists()
-
-
 def test_without_seeds_each_point_is_run_once_and_privately(state: Path, tmp_path: Path) -> None:
     study = swept(tmp_path, {"clip_norm": [0.5, 1.0]})
     flags = ("--grid", "--out", tmp_path / "out", "--state", state, "--json")
@@ -130,6 +120,11 @@ def test_a_grid_replaces_the_noise_that_a_study_names(tmp_path: Path) -> None:
     found = points(named)
     assert [(p.privacy.epsilon, p.training.rounds) for p in found] == [(2.0, 3), (2.0, 4)]
     assert {p.privacy.noise_multiplier for p in found} == {None}
+
+
+def test_a_refusal_passes_from_one_process_to_another() -> None:
+    there = pickle.loads(pickle.dumps(RefusedError(Refusal.UNAVAILABLE, "over budget")))
+    assert (there.code, there.detail, str(there)) == (Refusal.UNAVAILABLE, *["over budget"] * 2)
 
 
 def test_a_value_that_no_study_can_have_is_one_sentence(tmp_path: Path) -> None:
@@ -202,11 +197,12 @@ def test_a_sweep_replaces_another_only_if_asked_and_leaves_no_part_of_it(
     assert len(lines(folder / "sweep.csv")) == 1
 
 
-def test_a_killed_sweep_leaves_no_report_and_no_process_and_starts_again(
-    state: Path, tmp_path: Path
+def test_a_killed_sweep_leaves_no_process_and_started_again_finds_what_one_process_finds(
+    out: Path, state: Path, tmp_path: Path
 ) -> None:
-    grid = {**GRID, "seeds": list(range(8))}
-    study, folder = swept(tmp_path, grid, training={"rounds": 20}), tmp_path / "out"
+    # So many that two processes share them, and that some are left when the first has begun.
+    seeds = [*SEEDS, *range(10, 22)]
+    study, folder = swept(tmp_path, {**GRID, "seeds": seeds}), tmp_path / "out"
     command = ("simulate", study, "--grid", "--out", folder, "--state", state)
     name = Path(sys.executable).with_name("veilgraft")
     process = subprocess.Popen(list(map(str, [name, *command])), stdout=subprocess.DEVNULL)
@@ -221,9 +217,11 @@ def test_a_killed_sweep_leaves_no_report_and_no_process_and_starts_again(
     while _working_in(folder):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    again = swept(tmp_path, {"learning_rate": [1.0]}, training={"rounds": 1})
-    done = veilgraft("simulate", again, *command[2:], "--overwrite")
-    assert done.returncode == 0, done.stderr
+    report = sweep(Study.read(study), out=folder, state=state, workers=2, overwrite=True)
+    assert [point["trials"] for point in report["points"]] == [len(seeds)] * 4
+    again = [row for row in lines(folder / "sweep.csv") if int(row["seed"]) in SEEDS]
+    for one, other in zip(again, lines(out / "sweep.csv"), strict=True):
+        assert {**one, "seconds": ""} == {**other, "seconds": ""}
     assert not (folder / "points").exists()
 
 
