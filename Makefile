@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := common client server deploy tests
 
-.PHONY: demo test drill check bench bench-real bench-round bench-scale demo-check backbone stubs wheels clean
+.PHONY: demo test drill check bench bench-real bench-round bench-scale bench-sweep demo-check backbone stubs wheels clean
 
 demo: $(STAMP)
 	$(BIN)/veilgraft demo --out runs/demo --overwrite
@@ -24,6 +24,9 @@ check: $(STAMP)
 
 bench-real: $(STAMP)
 	$(BIN)/python tests/bench/real.py
+
+bench-sweep: $(STAMP)
+	$(BIN)/python -m tests.bench.sweep
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/bench.py

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import yaml
 
 import veilgraft_deploy.demo
 from veilgraft.study import DataSource, Study, Task
@@ -31,7 +32,7 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Lay out what the README takes as given: a folder of pictures and a model folder."""
+    """Lay out what the README takes as given: pictures, a model folder, a public study."""
     labels = tuple(str(label) for label in range(10))
     digits = dataset.read(DataSource(source="digits"), Task(labels=labels), modality="image")
     for index in range(400):
@@ -40,6 +41,11 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{index}.png").write_bytes(row["input"])
     (tmp_path / "model").symlink_to(DEMO / "backbone")
+    study = yaml.safe_load((DEMO / "study.yaml").read_text())
+    study["backbone"]["path"] = str(DEMO / "backbone")
+    study["training"]["rounds"] = 2
+    study["simulation"]["grid"] = {"epsilon": [1.0, 4.0]}
+    (tmp_path / "public.yaml").write_text(yaml.safe_dump(study))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

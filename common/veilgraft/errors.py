@@ -61,6 +61,10 @@ class RefusedError(VeilgraftError):
         self.detail = detail
         super().__init__(detail)
 
+    def __reduce__(self) -> tuple[type["RefusedError"], tuple[Refusal, str]]:
+        """Let it pass from one process to another; an exception's own way knows one argument."""
+        return type(self), (self.code, self.detail)
+
 
 class QuorumError(VeilgraftError):
     """Fewer sites than the study's quorum gave a valid release within the timeout."""

@@ -14,6 +14,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     StrictBool,
@@ -348,6 +349,30 @@ class Partition(Config):
         return self
 
 
+def _once(values: tuple[float, ...]) -> tuple[float, ...]:
+    if twice := sorted({value for value in values if values.count(value) > 1}):
+        raise ValueError(f"expected each value once, got {', '.join(map(str, twice))} twice")
+    return values
+
+
+class Grid(Config):
+    """Values over which a sweep runs a study, each with each; a key left out is as in the study.
+
+    Comparisons are tuned over `learning_rate` and `rounds`, and take no notice of the others.
+
+    Attributes:
+        epsilon: the study's ε, in the place of `privacy.epsilon` or `privacy.noise_multiplier`.
+        seeds: each point is run once with each; without any, once and unseeded.
+    """
+
+    epsilon: Annotated[tuple[PositiveFloat, ...], AfterValidator(_once)] = ()
+    learning_rate: Annotated[tuple[PositiveFloat, ...], AfterValidator(_once)] = ()
+    rounds: Annotated[tuple[PositiveInt, ...], AfterValidator(_once)] = ()
+    clip_norm: Annotated[tuple[PositiveFloat, ...], AfterValidator(_once)] = ()
+    sample_rate: Annotated[tuple[PositiveFloat, ...], AfterValidator(_once)] = ()
+    seeds: Annotated[tuple[NonNegativeInt, ...], AfterValidator(_once)] = ()
+
+
 class Simulation(Config):
     """What `veilgraft simulate` needs beyond the contract; never part of it.
 
@@ -361,7 +386,7 @@ class Simulation(Config):
             study's own ε. For data not public, the first run fixes it.
         holdout: units kept apart for evaluation: a count or a share of public data before the
             split; a share of each site's for `evaluation.private`, and of data not public.
-        grid: the values over which a sweep and every comparison are tuned.
+        grid: the values over which a sweep runs and every comparison is tuned.
     """
 
     data: Annotated[tuple[DataSource, ...], BeforeValidator(_listed)] = ()
@@ -371,9 +396,7 @@ class Simulation(Config):
     sites: PositiveInt = 10
     holdout: Annotated[float, Field(ge=0)] = 0.2
     partition: Partition = Partition()
-    grid: dict[Literal["learning_rate", "rounds"], tuple[PositiveFloat, ...]] = Field(
-        default_factory=dict
-    )
+    grid: Grid = Grid()
 
 
 class Study(Config):

@@ -8,6 +8,7 @@ import gc
 import importlib.resources
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -150,12 +151,28 @@ def simulate(
     ray_address: Annotated[str | None, typer.Option(help="Of a running Ray cluster.")] = None,
     seed: Seed = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also run the comparisons.")] = False,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Run every point of simulation.grid instead.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Simulate a study on this machine, from records to model."""
+    """Simulate a study on this machine, from records to model; or plan one, over a grid."""
+    if grid:
+        _check_alone(compare=compare, resume=resume, seed=seed)
     changed = _with_options(_study(study), data=data, sites=sites, backbone=backbone)
+    if grid:
+        _sweep(
+            changed,
+            as_json,
+            out=out,
+            state=state,
+            engine=engine,
+            ray_address=ray_address,
+            overwrite=overwrite,
+        )
+        return
     _simulate(
         changed,
         as_json,
@@ -370,6 +387,35 @@ def _simulate(study: "Study", as_json: bool, **options: Any) -> None:
         return
     console.print(table(report))
     console.print(f"run folder: {options['out']}", highlight=False, soft_wrap=True)
+
+
+def _check_alone(*, compare: bool, resume: bool, seed: int | None) -> None:
+    reasons = {
+        "--compare": (compare, "a point is compared with the other points"),
+        "--resume": (resume, "a sweep that was stopped starts again, with --overwrite"),
+        "--seed": (seed is not None, "name seeds in simulation.grid.seeds"),
+    }
+    for option, (given, reason) in reasons.items():
+        if given:
+            raise InputError(f"--grid: expected no {option} beside it; {reason}")
+
+
+def _sweep(study: "Study", as_json: bool, **options: Any) -> None:
+    from veilgraft_deploy.progress import Live
+    from veilgraft_deploy.sweep import sweep
+    from veilgraft_deploy.sweep_report import table
+
+    _collect_from_now_on()
+    imported = time.perf_counter() - STARTED
+    workers = len(os.sched_getaffinity(0))
+    console = Console(stderr=as_json)
+    with Live(console) as live:
+        report = sweep(study, watcher=live, imported=imported, workers=workers, **options)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    console.print(table(report))
+    console.print(f"sweep folder: {options['out']}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

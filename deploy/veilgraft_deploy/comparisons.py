@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from veilgraft.study import Study
-from veilgraft_deploy.federation import Run, federate
+from veilgraft_deploy.federation import Run, rehearse
 from veilgraft_deploy.population import Population
 from veilgraft_deploy.source import Source
 
@@ -51,7 +51,7 @@ def _point(
     out = folder / point
     label = name.replace("_", " ")
     here = replace(run, study=study, out=out, label=label, engine="inprocess")
-    history = federate(here, population.under(study)).history
+    history = rehearse(here, population.under(study))
     return {
         "learning_rate": training.learning_rate,
         "rounds": training.rounds,
@@ -63,10 +63,10 @@ def _point(
 def _grid(study: Study) -> Iterator[Study]:
     grid = study.simulation.grid
     rate = study.training.learning_rate
-    rates = grid.get("learning_rate", tuple(rate * factor for factor in FACTORS))
-    counts = grid.get("rounds", (study.training.rounds,))
+    rates = grid.learning_rate or tuple(rate * factor for factor in FACTORS)
+    counts = grid.rounds or (study.training.rounds,)
     for learning_rate, rounds in itertools.product(rates, counts):
-        values = {"learning_rate": learning_rate, "rounds": int(rounds)}
+        values = {"learning_rate": learning_rate, "rounds": rounds}
         yield _changed(study, training=values)
 
 

@@ -7,22 +7,18 @@ secret key; so does the ledger of private records, whose state folder outlives i
 public ones is the run's.
 """
 
-import fcntl
 import hmac
 import json
-import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from veilgraft.durable import write_atomically
 from veilgraft.errors import InputError, Refusal, RefusedError
 from veilgraft.model import export
 from veilgraft.study import Study
 from veilgraft_client.ledger import Ledger
+from veilgraft_deploy import folders
 from veilgraft_deploy.comparisons import compare as run_comparisons
 from veilgraft_deploy.custody import Custody, check_apart, keep, settled
 from veilgraft_deploy.federation import Engine, Run, federate
@@ -82,10 +78,10 @@ def simulate(
     _check_folder(run, resume=resume, overwrite=overwrite, compare=compare)
     check_apart(study, run.state, run.out)
     # Private records have one ledger and one key, and so one run at a time.
-    folders = [run.out] if study.simulation.data_is_public else [run.out, run.state]
+    mine = [run.out] if study.simulation.data_is_public else [run.out, run.state]
     with ExitStack() as held:
-        for folder in folders:
-            held.enter_context(_alone_in(folder))
+        for folder in mine:
+            held.enter_context(folders.alone_in(folder))
         custody = settled(study, run.state)
         return _simulate(run, custody, began, imported, compare=compare, overwrite=overwrite)
 
@@ -95,8 +91,10 @@ def _simulate(
 ) -> dict[str, Any]:
     study = run.study
     source = Source.read(study, run.state, run.seed, run.watcher)
+    # The export needs the backbone; a run must not find out after it has spent that it is spoilt.
+    _ = source.backbone
     population = source.population(custody)
-    _check_sites(run, population)
+    check_sites(run.study, population)
     ready = time.perf_counter()
     _claim(run, source, overwrite=overwrite)
     if not study.simulation.data_is_public:
@@ -136,26 +134,8 @@ def _federated(run: Run, population: Population) -> Progress:
     except RefusedError:
         # What no site has granted is no run; the folder is free again.
         if not run.checkpoint.exists():
-            (run.out / "run.json").unlink()
+            (run.out / folders.DESCRIPTION).unlink()
         raise
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Hold a run folder; raise `InputError` where another process does."""
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out}: another process is running it") from None
-        yield
-    finally:
-        os.close(folder)
-        if made and not any(out.iterdir()):
-            out.rmdir()
 
 
 def _described(run: Run) -> bytes:
@@ -170,7 +150,6 @@ def _private(run: Run) -> bool:
 
 def _check_folder(run: Run, *, resume: bool, overwrite: bool, compare: bool) -> None:
     """Raise unless the run may be started as asked; changes nothing."""
-    described = run.out / "run.json"
     if resume and overwrite:
         raise InputError("expected --resume or --overwrite, got both")
     if not _private(run) and not run.study.simulation.data_is_public:
@@ -184,11 +163,8 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool, compare: bool) -> 
             Refusal.STUDY_NOT_APPROVED,
             "comparisons train without privacy, and simulation.data_is_public is not true",
         )
-    if run.out.exists() and not run.out.is_dir():
-        raise InputError(f"{run.out}: expected a folder, got a file")
-    if not described.exists():
-        return
-    if overwrite:
+    described = folders.described(run.out)
+    if overwrite or described is None:
         return
     if not resume:
         raise InputError(f"{run.out}: holds a run; give --resume, --overwrite or another --out")
@@ -198,10 +174,10 @@ def _check_folder(run: Run, *, resume: bool, overwrite: bool, compare: bool) -> 
         )
 
 
-def _check_sites(run: Run, population: Population) -> None:
+def check_sites(study: Study, population: Population) -> None:
     """Raise `InputError` where the sites could never give what the aggregation asks."""
     names = {site.site for site in population.sites}
-    aggregation = run.study.aggregation
+    aggregation = study.aggregation
     if aggregation.quorum > len(names):
         raise InputError(
             f"aggregation.quorum: expected at most {len(names)}, the number of sites, "
@@ -216,23 +192,17 @@ def _check_sites(run: Run, population: Population) -> None:
 
 def _claim(run: Run, source: Source, *, overwrite: bool) -> None:
     """Make the folder this run's own; what an earlier run left goes, its features stay."""
-    described = run.out / "run.json"
     records = run.out / "records.hmac"
     fingerprint = hmac.new(source.people.key, source.records.fingerprint.encode(), "sha256")
-    if overwrite and described.exists():
-        for folder in ("model", "comparisons"):
-            shutil.rmtree(run.out / folder, ignore_errors=True)
-        for pattern in ("ledger.db*", "checkpoint.safetensors", "report.json", "rounds.csv"):
-            for path in run.out.glob(pattern):
-                path.unlink()
-        described.unlink()
-    if described.exists():
+    if overwrite:
+        folders.clear(run.out)
+    if folders.described(run.out) is not None:
         if records.read_text() != fingerprint.hexdigest():
             raise InputError(f"{run.out}: the records are not those with which this run started")
         return
     # A bare fingerprint would tell whoever sees this folder whether a data set is the same.
     records.write_text(fingerprint.hexdigest())
-    write_atomically(described, _described(run))
+    folders.describe(run.out, _described(run))
 
 
 def _spent(run: Run, population: Population) -> list[dict[str, Any]]:

