@@ -150,12 +150,14 @@ def _check_paid(run: Run, ledger: Ledger, population: Population, history: Seque
 
 def _in_process(run: Run, job: Job, population: Population) -> None:
     ledger = Ledger(run.ledger)
-    # Releases up to here are nobody's any more: first noted, then, with the next write, let go.
+    # A public run's ledger is its own, and releases up to here are nobody's any more: first noted,
+    # then, with the next write, let go. That of private records gives another run the same bytes.
     settled = gone = ledger.last()
 
     def tell(round_: Round) -> None:
         nonlocal settled
-        settled = ledger.last()
+        if run.study.simulation.data_is_public:
+            settled = ledger.last()
         job.tell(round_)
 
     vaults = [_vault(run, ledger, population, index) for index in range(len(population.sites))]

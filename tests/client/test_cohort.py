@@ -98,7 +98,8 @@ def test_it_is_what_a_simulation_makes_of_the_same_file(
         for field in FIELDS:
             assert torch.equal(getattr(one, field), getattr(other, field)), field
     assert len(made.training.values) + len(made.held_out.values) == (9 if privacy else ROWS)
-    assert bool(len(made.held_out.values)) == bool(share)
+    # Of nine persons, none may be held out, by chance.
+    assert share or not len(made.held_out.values)
 
 
 def test_features_are_made_once_and_held_out_units_stay_the_same(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import DataSource, Study, Task
 from veilgraft_client import dataset, units
 from veilgraft_client.dataset import Records
+from veilgraft_client.fused import Fused
 from veilgraft_client.training import Trainer
 
 KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
@@ -319,21 +320,31 @@ def contract(head_type: str, width: int, labels: int = LABELS) -> Study:
     return Study.parse(values, name="study.yaml")
 
 
+ENGINE: type[Trainer] | type[Fused] = Trainer
+
+
+@pytest.fixture(params=[Trainer, Fused], ids=["opacus", "fused"], scope="module", autouse=True)
+def engine(request: pytest.FixtureRequest) -> None:
+    """What `clipped` trains with; every test runs with each."""
+    global ENGINE
+    ENGINE = request.param
+
+
 def clipped(study: Study, held: Features) -> npt.NDArray[np.float64]:
     """Return the sum of a round of the real trainer as it reaches the noise."""
     sums: list[torch.Tensor] = []
-    real = mechanism.noised
+    real = mechanism.add_noise
 
-    def watched(total: torch.Tensor, *rest: Any) -> torch.Tensor:
-        sums.append(total.clone())
-        return real(total, *rest)
+    def watched(totals: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sums.append(totals.clone().flatten())
+        return real(totals, *rest)
 
     draw = np.random.default_rng(0)
     shapes = head.shapes(study.head, DIM, LABELS)
     start = {name: draw.normal(size=shape) / 3 for name, shape in shapes.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mechanism, "noised", watched)
-        trainer = Trainer(study, held, sigma=SIGMA, units=50)
+        patch.setattr(mechanism, "add_noise", watched)
+        trainer = ENGINE(study, held, sigma=SIGMA, units=50)
         trainer.update(start, 1.0, NoiseSource.seeded(1, "units"))
     (total,) = sums
     return total.numpy()

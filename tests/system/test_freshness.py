@@ -17,7 +17,7 @@ SIGMA = 50.0
 
 
 def releases(out: Path) -> list[np.ndarray]:
-    ledger = sqlite3.connect(out / "ledger.db")
+    ledger = sqlite3.connect(out / "state" / "ledger.db")
     payloads = [row[0] for row in ledger.execute("SELECT bytes FROM payloads")]
     ledger.close()
     arrays = [safetensors.numpy.load(payload) for payload in payloads]
@@ -30,15 +30,19 @@ def test_no_two_releases_share_noise_over_rounds_sites_restarts_and_engines(tmp_
         tmp_path,
         privacy={"epsilon": None, "noise_multiplier": SIGMA},
         training={"rounds": 3},
-        simulation={"sites": 3},
+        # A public run lets releases go; this one's ledger keeps them for life.
+        simulation={"sites": 3, "data_is_public": False, "units": 400, "holdout": 0.2},
         aggregation={"quorum": 3},
     )
+
+    def flags(name: str) -> list[str | Path]:
+        return ["--out", tmp_path / name / "out", "--state", tmp_path / name / "state"]
+
     for name in ("one", "again"):
-        done = veilgraft("simulate", study, "--out", tmp_path / name, "--state", tmp_path / "state")
+        done = veilgraft("simulate", study, *flags(name))
         assert done.returncode == 0, done.stderr
-    flags = ["--out", tmp_path / "ray", "--state", tmp_path / "state", "--engine", "ray"]
     process = subprocess.run(
-        list(map(str, [VEILGRAFT, "simulate", study, *flags])),
+        list(map(str, [VEILGRAFT, "simulate", study, *flags("ray"), "--engine", "ray"])),
         capture_output=True,
         text=True,
         timeout=BOUND,
