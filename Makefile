@@ -29,6 +29,7 @@ bench-sweep: $(STAMP)
 	$(BIN)/python -m tests.bench.sweep
 
 bench: $(STAMP)
+	$(BIN)/python tests/bench/step.py
 	$(BIN)/python tests/bench/bench.py
 
 bench-round: $(STAMP)
