@@ -7,6 +7,7 @@ sites, six rounds, from one finished round to the next. Each site holds its answ
 """
 
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from tests.system.command import DEMO
 from tests.system.federation import Federation
 from tests.system.hostile import bundle
 
-SITES, ROUNDS, LOOK_SECONDS, PATIENCE = 3, 6, 0.2, 120.0
+SITES, ROUNDS, LOOK_SECONDS, PATIENCE = 3, 6, 0.2, 60.0
 TRIVIAL = """
 from flwr.app import Message
 from flwr.clientapp import ClientApp
@@ -148,7 +149,9 @@ class _supernode:  # noqa: N801
             address,
         ]
         command += ["--root-certificates", folder / "ca.pem", "--isolation", "subprocess"]
-        command += ["--auth-supernode-private-key", key, "--host", "127.0.0.1", "--port", "0"]
+        command += ["--auth-supernode-private-key", key, "--host", "127.0.0.1"]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            command += ["--port", str(free.getsockname()[1])]
         env = {**os.environ, "FLWR_HOME": str(key.with_suffix(".home")), "OMP_NUM_THREADS": "1"}
         env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
         with key.with_suffix(".log").open("wb") as log:
