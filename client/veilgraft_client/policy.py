@@ -84,7 +84,7 @@ class Site(Config):
     engine: Literal["auto", "opacus", "fused"] = "auto"
     isolation: Literal["full", "reduced"] = "full"
     courier_user: str | Annotated[int, Field(gt=0, lt=2**32 - 1)] | None = None
-    reply_seconds: Annotated[float, Field(gt=0, le=600)] = 1.0
+    reply_seconds: Annotated[float, Field(gt=0, le=600)] = 0.5
 
     @model_validator(mode="after")
     def _a_seed_is_for_public_data(self) -> Self:

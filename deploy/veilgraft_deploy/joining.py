@@ -366,7 +366,7 @@ isolation: {isolation}
 courier_user: {courier_user}
 
 # Answers leave at multiples of so many seconds, so that the time they took tells little.
-reply_seconds: 1.0
+reply_seconds: 0.5
 
 device: auto
 

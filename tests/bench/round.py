@@ -3,7 +3,7 @@
 First the floor: a SuperLink and three SuperNodes as Flower starts them, whose ClientApp returns
 what it gets, asked six times and looked at every fifth of a second. Then a coordinator and three
 sites, six rounds, from one finished round to the next. Each site holds its answers for
-`reply_seconds`, 1 s.
+`reply_seconds`, half a second by default.
 """
 
 import os
