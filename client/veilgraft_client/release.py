@@ -4,13 +4,16 @@ Vaults that share a ledger, as those of a simulation do, write to it together, o
 after each group that is computed together.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from veilgraft import messages
 from veilgraft.messages import Envelope, Request
@@ -20,7 +23,7 @@ from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
 from veilgraft_client import evaluation
 from veilgraft_client.fused import Fused, Work, together
-from veilgraft_client.ledger import Key
+from veilgraft_client.ledger import Key, Ledger
 
 if TYPE_CHECKING:
     from veilgraft_client.training import Trainer
@@ -105,10 +108,12 @@ def _given(wanted: Mapping[int, Wanted]) -> dict[int, Envelope]:
                 found[place] = each.vault.release(each.envelope, outcome)
             case _:
                 found[place] = each.vault.refused(each.envelope, outcome)
-    for places in _groups({place: wanted[place] for place in reserved}):
-        group = [wanted[place] for place in places]
-        outcomes = _stored(group, [reserved[place] for place in places])
-        for place, each, stored in zip(places, group, outcomes, strict=True):
+    groups = list(_groups({place: wanted[place] for place in reserved}))
+    computed = _each([[wanted[place] for place in places] for places in groups])
+    for places, payloads in zip(groups, computed, strict=True):
+        outcomes = _stored(ledger, [reserved[place] for place in places], payloads)
+        for place, stored in zip(places, outcomes, strict=True):
+            each = wanted[place]
             if isinstance(stored, bytes):
                 found[place] = each.vault.release(each.envelope, stored)
             else:
@@ -116,16 +121,31 @@ def _given(wanted: Mapping[int, Wanted]) -> dict[int, Envelope]:
     return found
 
 
-def _stored(group: Sequence[Wanted], reservations: Sequence[int]) -> "list[bytes | Exception]":
-    """Compute releases, and commit them; return what may be sent."""
-    found = _payloads(group)
-    good = {place: payload for place, payload in enumerate(found) if isinstance(payload, bytes)}
-    pairs = [(reservations[place], payload) for place, payload in good.items()]
+def _each(groups: list[list[Wanted]]) -> "Iterator[list[bytes | Exception]]":
+    """Yield what each group releases; of the fused engine, one is computed on each core."""
+    if len(groups) <= 1 or any(group[0].fused is None for group in groups):
+        yield from map(_payloads, groups)
+        return
+    cores = len(os.sched_getaffinity(0))
+    # Products this small are no work for torch's own threads.
+    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(_payloads, groups)
+
+
+def _stored(
+    ledger: Ledger, reservations: Sequence[int], payloads: "list[bytes | Exception]"
+) -> "list[bytes | Exception]":
+    """Commit what was computed; return what may be sent."""
+    good = {place: payload for place, payload in enumerate(payloads) if isinstance(payload, bytes)}
+    found = list(payloads)
     try:
-        for place, payload in zip(good, group[0].vault.ledger.commit_all(pairs), strict=True):
-            found[place] = payload
+        sent = ledger.commit_all(
+            [(reservations[place], payload) for place, payload in good.items()]
+        )
     except Exception as error:  # noqa: BLE001 - it stays here
-        return [error] * len(group)
+        return [error] * len(payloads)
+    for place, payload in zip(good, sent, strict=True):
+        found[place] = payload
     return found
 
 

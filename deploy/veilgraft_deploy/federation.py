@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import secrets
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from veilgraft_deploy.progress import Silent, Watcher, noted
 from veilgraft_server import checkpoint, evaluation
 from veilgraft_server.app import Job, public_generator, server_app
 from veilgraft_server.checkpoint import Progress, Round
+
+SWITCH_SECONDS = 1e-5
 
 Engine = Literal["inprocess", "ray"]
 
@@ -185,13 +188,19 @@ def _in_process(run: Run, job: Job, population: Population) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Train heads on one thread: they are so small that threads cost more than they do."""
-    threads = torch.get_num_threads()
+    """Train heads on one thread each: they are so small that threads cost more than they do.
+
+    Many sites are trained on several threads all the same, group by group. Between two of torch's
+    short operations each of them waits for Python's lock, by default for up to 5 ms.
+    """
+    threads, interval = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        sys.setswitchinterval(interval)
 
 
 def _hold_memory() -> None:

@@ -21,9 +21,9 @@ PLOT = ROOT / "docs" / "scale.png"
 BASE = {"sites": 100, "records": 100, "dimension": 384, "rounds": 5}
 LINES: dict[str, list[int]] = {
     "sites": [10, 100, 1000, 10_000],
-    "records": [100, 1000, 10_000],
+    "records": [100, 1000, 4000],
     "dimension": [64, 256, 1024, 4096],
-    "rounds": [5, 50, 500],
+    "rounds": [5, 50, 200],
 }
 HEADLINE = {"sites": 1000, "records": 100, "dimension": 384, "rounds": 50}
 LABELS = 10
