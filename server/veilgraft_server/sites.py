@@ -7,6 +7,7 @@ come late are greeted between rounds, and take part from the next.
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -115,7 +116,8 @@ class Sites:
         left = {n for n, s in self.ready.items() if n not in there and s in named.values()}
         self.ready = {n: site for n, site in self.ready.items() if n not in left}
         named |= self.ready
-        allowed = {n: here for n, here in found.items() if self._may_join(here.site, named)}
+        claims = Counter(named.values())
+        allowed = {n: here for n, here in found.items() if self._may_join(here.site, claims)}
         approved = {node: here for node, here in allowed.items() if here.approved}
         for here in approved.values():
             self.meet(here)
@@ -163,10 +165,10 @@ class Sites:
             log.warning("node %d did not name itself: %s", node, reason)
         return found
 
-    def _may_join(self, site: str, named: Mapping[int, str]) -> bool:
+    def _may_join(self, site: str, claims: Counter[str]) -> bool:
         """Leave out a name that two nodes claim, or that the study gives no weight."""
         weights = self.study.aggregation.weights
-        if list(named.values()).count(site) > 1:
+        if claims[site] > 1:
             log.warning("%s: left out: several nodes call themselves so", site)
             return False
         if weights and site not in weights:
