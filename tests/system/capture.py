@@ -114,15 +114,17 @@ def _object(content: bytes) -> Iterator[str]:
             yield "ArrayChunk"
 
 
-def replies(sent: Iterable[Call]) -> Iterator[tuple[Reply, Envelope]]:
-    """Return our messages, put together from the objects in which they were pushed."""
-    pushed = [call.message for call in sent if call.path.startswith(fleet.PREFIX)]
-    parts = {
-        each.object_id: each.object_content
-        for each in pushed
-        if isinstance(each, PushObjectRequest)
-    }
-    used: set[str] = set()
+def replies(
+    sent: Iterable[Call], elsewhere: Iterable[Call] = ()
+) -> Iterator[tuple[Reply, Envelope]]:
+    """Return our messages, put together from the objects in which they were pushed.
+
+    Args:
+        elsewhere: what other sites sent; SuperLink does not ask twice for an object that it has,
+            as for an empty payload.
+    """
+    pushed, own = _pushed(sent)
+    parts, used = _pushed(elsewhere)[1] | own, set[str]()
     for each in pushed:
         if isinstance(each, PushMessagesRequest):
             (tree,) = each.message_object_trees
@@ -137,7 +139,14 @@ def replies(sent: Iterable[Call]) -> Iterator[tuple[Reply, Envelope]]:
             envelope = messages.from_record(message.content)
             assert messages.to_record(envelope).object_id == message.content.object_id
             yield messages.decode_answer(envelope.header), envelope
-    assert used == parts.keys(), "objects that are part of no message"
+    assert used >= own.keys(), "objects that are part of no message"
+
+
+def _pushed(sent: Iterable[Call]) -> tuple[list[Any], dict[str, bytes]]:
+    """Return the calls to SuperLink, and the objects that they brought."""
+    pushed = [call.message for call in sent if call.path.startswith(fleet.PREFIX)]
+    objects = [each for each in pushed if isinstance(each, PushObjectRequest)]
+    return pushed, {each.object_id: each.object_content for each in objects}
 
 
 def inflatable_ids(tree: Any) -> Iterator[str]:

@@ -113,6 +113,7 @@ def read(federation: Federation) -> Captured:
     for name in SITES:
         sent = (federation.folder / "sent").glob(f"{federation.hosts[name].address}.*")
         calls[name] = [call for path in sorted(sent) for call in capture.calls(path.read_bytes())]
+    everything = [call for each in calls.values() for call in each]
     head = safetensors.numpy.load_file(federation.coordinator.run / "model" / "head.safetensors")
     packets = {}
     for name in SITES:
@@ -121,7 +122,7 @@ def read(federation: Federation) -> Captured:
         packets[name] = set(lines[1:])
     return Captured(
         calls=calls,
-        replies={name: list(capture.replies(each)) for name, each in calls.items()},
+        replies={name: list(capture.replies(calls[name], everything)) for name in SITES},
         packets=packets,
         edge=federation.hosts["coordinator"].address,
         head={name: array.shape for name, array in head.items()},
