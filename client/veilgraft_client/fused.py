@@ -36,6 +36,7 @@ from torch import Tensor
 from veilgraft.model import exact
 from veilgraft.model import head as heads
 from veilgraft.model.features import Features
+from veilgraft.model.rowwise import unit_gradients
 from veilgraft.privacy import mechanism
 from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
@@ -479,26 +480,13 @@ def _cancelling(
     for site, units in enumerate(chosen):
         places = units.nonzero().flatten()
         for part in torch.split(places, max(1, NUMBERS // dimension)):
-            grads = []
+            grads: list[Tensor] = []
             for delta, values in zip(deltas, inputs, strict=True):
                 pair = (delta[site], values[site])
                 d, x = (each.view(-1, instances, each.shape[1])[part] for each in pair)
-                grads += _by_instance(d, x)
+                grads += unit_gradients(d, x)
             sums[site] += mechanism.clipped_sum(grads, clip)
     return sums
-
-
-def _by_instance(d: Tensor, x: Tensor) -> list[Tensor]:
-    """Return units' gradients of a layer, added up instance by instance.
-
-    In another order a sum would not be the unit's own.
-    """
-    column, row = d.unsqueeze(3), x.unsqueeze(2)
-    weight, bias = column[:, 0] * row[:, 0], d[:, 0].clone()
-    for instance in range(1, d.shape[1]):
-        weight += column[:, instance] * row[:, instance]
-        bias += d[:, instance]
-    return [weight, bias]
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

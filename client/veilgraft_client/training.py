@@ -27,7 +27,7 @@ from torch import Tensor
 
 from veilgraft.model import head as heads
 from veilgraft.model.features import Features
-from veilgraft.model.rowwise import RowLinear
+from veilgraft.model.rowwise import RowLinear, unit_gradients
 from veilgraft.model.tasks import TaskType, unit_losses
 from veilgraft.privacy import mechanism
 from veilgraft.privacy.noise import NoiseSource
@@ -252,11 +252,7 @@ def _unit_gradients(
         activations: the layer's inputs, one tensor `(units, instances, inputs)`.
         backprops: gradient by its outputs, `(units, instances, outputs)`.
     """
-    column, row = backprops.unsqueeze(3), activations[0].unsqueeze(2)
-    weight, bias = column[:, 0] * row[:, 0], backprops[:, 0].clone()
-    for instance in range(1, backprops.shape[1]):
-        weight += column[:, instance] * row[:, instance]
-        bias += backprops[:, instance]
+    weight, bias = unit_gradients(backprops, activations[0])
     return {layer.weight: weight, layer.bias: bias}
 
 

@@ -44,6 +44,23 @@ def _sum(terms: Tensor) -> Tensor:
     return terms[0].clone()
 
 
+def unit_gradients(gradients: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a layer's gradient for each unit, by its weight and by its bias.
+
+    The sum over a unit's instances in their order: in another it would not be the unit's own.
+
+    Args:
+        gradients: by the layer's outputs, `(units, instances, outputs)`.
+        values: the layer's inputs, `(units, instances, inputs)`.
+    """
+    column, row = gradients.unsqueeze(3), values.unsqueeze(2)
+    weight, bias = column[:, 0] * row[:, 0], gradients[:, 0].clone()
+    for instance in range(1, gradients.shape[1]):
+        weight += column[:, instance] * row[:, instance]
+        bias += gradients[:, instance]
+    return weight, bias
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor, first: bool) -> Tensor:
