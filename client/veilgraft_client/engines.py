@@ -30,7 +30,6 @@ def trainer(
     if engine == "auto" and os.environ.get(AUTO) == "opacus":
         engine = "opacus"
     if engine == "fused" or (engine == "auto" and (fits(features) or not study.private)):
-        # On the CPU: what the guarantee needs of torch's kernels was looked at there alone.
         return Fused(study, features, sigma=sigma, units=units)
     # Not at the top: Opacus takes two seconds, which nobody else need wait.
     from veilgraft_client.training import Trainer

@@ -27,20 +27,25 @@ that turned into NaN over one unit would be refused, and a refusal tells.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from threadpoolctl import threadpool_limits
 
 from veilgraft.model import exact
 from veilgraft.model import head as heads
+from veilgraft.model.exact import Array
 from veilgraft.model.features import Features
 from veilgraft.model.rowwise import unit_gradients
 from veilgraft.privacy import mechanism
 from veilgraft.privacy.noise import NoiseSource
 from veilgraft.study import Study
 from veilgraft_client.steps import Steps
+
+Mask = npt.NDArray[np.bool_]
+Layers = list[tuple[Array, Array]]
 
 CANCELLED = 16
 """By how much a unit's instances may cancel before its gradient is formed."""
@@ -61,39 +66,28 @@ where their squares underflow is nothing beside any clip norm."""
 _ROUNDING = 2.0**-30
 """Above the relative error of a Gram norm's square: a rounding of 2^-53 for each of 2^20 terms."""
 
+# A step's products are so small that threads of their own would take longer to meet than to work.
+threadpool_limits(1, "blas")
+
 
 class Fused(Steps):
-    """Trains one site's head on its features; see `training.Trainer`, whose interface it has.
+    """Trains one site's head on its features; see `training.Trainer`, whose interface it has."""
 
-    Args:
-        device: that steps are computed on.
-    """
-
-    def __init__(
-        self,
-        study: Study,
-        features: Features,
-        *,
-        sigma: float,
-        units: float,
-        device: str = "cpu",
-    ) -> None:
+    def __init__(self, study: Study, features: Features, *, sigma: float, units: float) -> None:
         super().__init__(study, features, sigma=sigma, units=units)
         if study.private and not fits(features):
             raise ValueError("expected fewer units, or instances of each, for the fused engine")
-        self.device = device
         growth = self.largest_step * study.training.local_steps
         if study.private and not growth <= BOUND:
             raise ValueError("expected a learning rate with which a head stays below 1e60")
+        self.mask: Mask = features.mask.numpy()
         # What is not computed with may hold anything, and 0 × NaN would be NaN.
-        there = features.mask & self.used.unsqueeze(1)
-        values = features.values
-        if not bool(there.all()):
-            values = torch.where(there.unsqueeze(2), values, 0.0)
-        self.values = _cut(values).to(device)
-        self.squares = _squares(self.values, features.mask).to(device)
-        self.mask = features.mask.to(device)
-        self.targets = features.targets.to(device)
+        there, values = self.mask & self.used.numpy()[:, None], features.values.numpy()
+        if not there.all():
+            values = np.where(there[:, :, None], values, 0.0)
+        self.values = _cut(values)
+        self.squares = _squares(self.values, self.mask)
+        self.targets: npt.NDArray[Any] = features.targets.numpy()
 
     @property
     def largest_step(self) -> float:
@@ -106,14 +100,14 @@ class Fused(Steps):
     def form(self) -> tuple[object, ...]:
         """What must be alike for sites to be trained together."""
         shape, blocks = self.values.shape[1:], tuple(self.blocks)
-        return (self.study.digest, shape, self.sigma, self.device, blocks)
+        return (self.study.digest, shape, self.sigma, blocks)
 
     @property
     def sites_at_once(self) -> int:
         """How many sites of this form are trained together at most, for their memory's sake."""
         units, instances, dim = self.values.shape
         taken = units * (self.study.training.sample_rate or 1.0)
-        numbers = self.values.numel() + self.blocks[0] * (self.dimension + taken * instances * dim)
+        numbers = self.values.size + self.blocks[0] * (self.dimension + taken * instances * dim)
         return max(1, int(NUMBERS / max(1.0, numbers)))
 
     def update(
@@ -152,70 +146,68 @@ def together(works: Sequence[Work]) -> list[dict[str, npt.NDArray[np.float64]]]:
 
 
 class _Sites:
-    """Some sites' round; tensors have the sites as their first dimension."""
+    """Some sites' round; arrays have the sites as their first dimension."""
 
     def __init__(self, works: Sequence[Work]) -> None:
         self.works = works
         first = works[0].trainer
-        self.study, self.sigma, self.device = first.study, first.sigma, first.device
+        self.study, self.sigma = first.study, first.sigma
         self.shapes, self.dimension = first.shapes, first.dimension
         held = [work.trainer for work in works]
         self.values = _joined([each.values for each in held])
         self.squares = _joined([each.squares for each in held])
         self.mask = _joined([each.mask for each in held])
         self.targets = _joined([each.targets for each in held])
-        sizes = [len(each.values) for each in held]
-        self.offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1]
-        start = np.stack([_flat(work.start) for work in works])
-        self.start = torch.from_numpy(start).to(self.device)
-        normalisers = [[each.normaliser] for each in held]
-        self.normaliser = torch.tensor(normalisers, dtype=torch.float64, device=self.device)
-        rates = [[work.rate] for work in works]
-        self.rate = torch.tensor(rates, dtype=torch.float64, device=self.device)
+        self.sizes = [len(each.values) for each in held]
+        self.start = np.stack([_flat(work.start) for work in works])
+        self.normaliser = np.array([[each.normaliser] for each in held])
+        self.rate = np.array([[work.rate] for work in works])
         self.instances = self.values.shape[1]
         widest = max(max(shape) for shape in self.shapes.values())
         self.numbers = len(works) * self.instances * widest
         self.at_once = max(1, min(ROWS // self.instances, NUMBERS // self.numbers))
 
-    def update(self) -> list[dict[str, npt.NDArray[np.float64]]]:
-        training = self.study.training
-        head, velocity = self.start.clone(), torch.zeros_like(self.start)
+    # What overflows makes its own unit count for nothing.
+    @np.errstate(all="ignore")
+    @torch.inference_mode()
+    def update(self) -> list[dict[str, Array]]:
+        training, clip = self.study.training, self.study.privacy.clip_norm
+        head, velocity = self.start.copy(), np.zeros(())
+        layers = self._layers(head)
         for count in self.works[0].trainer.blocks:
-            taken = [work.trainer.taken(work.source, count) for work in self.works]
+            taken = [work.trainer.taken(work.source, count).numpy() for work in self.works]
             noise = self.works[0].trainer.noise([work.source for work in self.works], count)
-            if noise is not None:
-                noise = noise.to(self.device)
-            picked = _picked(taken, self.offsets, self.device)
-            for step, parts in enumerate(self._batches(picked)):
-                total = self._total(self._layers(head), parts)
+            for step, parts in enumerate(self._batches(_picked(taken, self.sizes))):
+                total = self._total(layers, parts)
                 if noise is not None:
-                    clip = self.study.privacy.clip_norm
                     total = mechanism.add_noise(total, clip, self.sigma, noise[:, step])
-                mean = total / self.normaliser
                 if not training.sampled:
-                    return self._released(mean)
-                velocity = mean if not training.momentum else velocity * training.momentum + mean
-                head = head - self.rate * velocity
+                    return self._released(total / self.normaliser)
+                total *= self.rate / self.normaliser
+                velocity = total + velocity * training.momentum if training.momentum else total
+                head -= velocity
         return self._released(head - self.start)
 
-    def _total(self, layers: list[tuple[Tensor, Tensor]], parts: "Iterable[_Batch]") -> Tensor:
+    def _total(self, layers: Layers, parts: "Iterable[_Batch]") -> Array:
         """Return each site's sum of (clipped) gradients over all parts.
 
         Small parts are added up before they are added to the total, so that a gradient passes
         through no more additions than the mechanism's proof allows.
         """
-        total = partial = torch.zeros_like(self.start)
-        held = 0
+        sums: list[Array] = []
+        held = ROWS
         for part in parts:
-            partial, held = partial + self._sum(layers, part), held + part.valid.shape[1]
-            if held * self.instances >= ROWS:
-                total, partial, held = total + partial, torch.zeros_like(partial), 0
-        return total + partial
+            found = self._sum(layers, part)
+            if held >= ROWS:
+                sums.append(found)
+                held = 0
+            else:
+                sums[-1] += found
+            held += part.valid.shape[1] * self.instances
+        return sum(sums[1:], start=sums[0]) if sums else np.zeros_like(self.start)
 
-    def _released(self, found: Tensor) -> list[dict[str, npt.NDArray[np.float64]]]:
-        sizes = [math.prod(shape) for shape in self.shapes.values()]
-        rows = found.cpu().numpy()
-        ends = np.cumsum(sizes)[:-1]
+    def _released(self, found: Array) -> list[dict[str, Array]]:
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])[:-1]
         return [
             {
                 name: part.reshape(shape)
@@ -223,13 +215,17 @@ class _Sites:
                     self.shapes.items(), np.split(row, ends), strict=True
                 )
             }
-            for row in rows
+            for row in found
         ]
 
-    def _layers(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
-        parts = torch.split(flat, [math.prod(shape) for shape in self.shapes.values()], 1)
-        tensors = [p.view(-1, *s) for p, s in zip(parts, self.shapes.values(), strict=True)]
-        return list(zip(tensors[::2], tensors[1::2], strict=True))
+    def _layers(self, flat: Array) -> Layers:
+        """Return views of `(sites, dimension)`: each layer's weight and bias."""
+        parts, start = [], 0
+        for shape in self.shapes.values():
+            end = start + math.prod(shape)
+            parts.append(flat[:, start:end].reshape(-1, *shape, copy=False))
+            start = end
+        return list(zip(parts[::2], parts[1::2], strict=True))
 
     def _batches(self, picked: "_Picked") -> "Iterator[Iterable[_Batch]]":
         """Yield, step by step, the units that were taken, in parts that fit into memory."""
@@ -245,75 +241,80 @@ class _Sites:
                 yield (gathered.at(step, picked.widths[first + step]),)
 
     def _gathered(self, picked: "_Picked") -> "_Batch":
-        places = picked.places.flatten()
-        shape = (*picked.places.shape, self.instances)
-        x = self.values.index_select(0, places).double()
-        counts = picked.valid.unsqueeze(-1) & self.mask.index_select(0, places).view(shape)
-        targets = self.targets.index_select(0, places)
+        places = picked.places
         return _Batch(
-            x.view(*shape, x.shape[2]),
-            self.squares.index_select(0, places).view(shape),
-            counts,
-            targets.view(*shape, *targets.shape[2:]),
+            self.values.take(places, 0).astype(np.float64, copy=False),
+            self.squares.take(places, 0),
+            picked.valid[..., None] & self.mask.take(places, 0),
+            self.targets.take(places, 0),
             picked.valid,
         )
 
-    def _sum(self, layers: list[tuple[Tensor, Tensor]], batch: "_Batch") -> Tensor:
+    def _sum(self, layers: Layers, batch: "_Batch") -> Array:
         """Return each site's sum of (clipped) gradients over some units."""
         instances = self.instances
         # Instances are rows from here on: those of a unit follow one another.
         inputs, slopes, fine = self._forward(layers, batch)
-        residual = _residual(inputs.pop(), batch.targets.flatten(1, 2))
+        residual = _residual(inputs.pop(), _rows(batch.targets))
         there, deltas = batch.counts, [residual]
         # Features and weights are bounded: without a hidden layer nothing can overflow.
         if slopes:
             deltas, fine = _backward(layers, residual, slopes, fine)
             # One spoilt instance spoils its unit; one that is not there, nothing.
-            there = there & (fine.view_as(there) | ~there).all(2, keepdim=True)
-        deltas = [torch.where(there.flatten(1).unsqueeze(2), delta, 0.0) for delta in deltas]
+            there = there & (fine.reshape(there.shape) | ~there).all(2, keepdims=True)
+        rows = _rows(there)
         if not self.study.private:
-            return _gradient(deltas, inputs)
+            return self._gradient(_scaled(deltas, rows), inputs)
         clip = self.study.privacy.clip_norm
         if instances == 1:
-            norms = _norms(deltas, inputs, batch.squares.flatten(1))
-            return _gradient(_scaled(deltas, mechanism.clip_factors(norms, clip)), inputs)
+            norms = _norms(deltas, inputs, _rows(batch.squares))
+            factors = mechanism.clip_factors(norms, clip) * rows
+            return self._gradient(_scaled(deltas, factors), inputs)
         # Cut like activations, so that products of two are a unit's own.
-        deltas = [exact.rounded(delta) for delta in deltas]
+        deltas = [exact.rounded(delta) for delta in _scaled(deltas, rows)]
         norms, plain = _norms_of_several(deltas, inputs, instances)
-        factors = torch.where(plain, mechanism.clip_factors(norms, clip), 0.0)
-        scaled = _scaled(deltas, factors.repeat_interleave(instances, dim=1))
-        return _gradient(scaled, inputs) + _cancelling(deltas, inputs, ~plain, instances, clip)
+        factors = np.where(plain, mechanism.clip_factors(norms, clip), 0.0)
+        found = self._gradient(_scaled(deltas, factors.repeat(instances, axis=1)), inputs)
+        return found + _cancelling(deltas, inputs, ~plain, instances, clip)
+
+    def _gradient(self, deltas: list[Array], inputs: list[Array]) -> Array:
+        """Return the sum of the instances' gradients over all parameters, `(sites, dimension)`."""
+        found = np.empty_like(self.start)
+        for (weight, bias), delta, values in zip(self._layers(found), deltas, inputs, strict=True):
+            np.matmul(delta.swapaxes(1, 2), values, out=weight)
+            np.sum(delta, 1, out=bias)
+        return found
 
     def _forward(
-        self, layers: list[tuple[Tensor, Tensor]], batch: "_Batch"
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        self, layers: Layers, batch: "_Batch"
+    ) -> tuple[list[Array], list[Array], Mask | None]:
         """Return each layer's inputs and, last, the outputs; slopes; and which rows are fine."""
-        spec, slopes = self.study.head, list[Tensor]()
-        inputs = [batch.values.flatten(1, 2)]
-        fine = torch.ones(inputs[0].shape[:2], dtype=torch.bool, device=self.device)
+        spec, slopes = self.study.head, list[Array]()
+        inputs, fine = [_rows(batch.values)], None
         for index, (weight, bias) in enumerate(layers):
-            outputs = exact.product(inputs[-1], weight) + bias.unsqueeze(1)
+            outputs = exact.product(inputs[-1], weight)
+            outputs += bias[:, None]
             if index == len(layers) - 1:
                 inputs.append(outputs)
                 break
-            values, slope = _ACTIVATIONS[spec.activation](outputs)
+            values, slope = _activated(spec.activation, outputs)
             if spec.dropout:
-                kept = self._kept(values, batch.valid, 1 - spec.dropout)
+                kept = self._kept(values.shape, batch.valid, 1 - spec.dropout)
                 values, slope = values * kept, slope * kept
             values, whole = _bounded(exact.rounded(values))
-            fine = fine & whole
+            fine = whole if fine is None else fine & whole
             slopes.append(slope)
             inputs.append(values)
         return inputs, slopes, fine
 
-    def _kept(self, values: Tensor, valid: Tensor, probability: float) -> Tensor:
+    def _kept(self, shape: tuple[int, ...], valid: Mask, probability: float) -> Array:
         """Draw dropout for the units that were taken, from each site's own source."""
-        kept = torch.zeros(values.shape, dtype=torch.float64)
-        width, instances = values.shape[2], self.instances
+        kept = np.zeros(shape)
+        width, instances = shape[2], self.instances
         for site, (work, units) in enumerate(zip(self.works, valid.sum(1).tolist(), strict=True)):
-            drawn = work.source.bernoulli(units * instances * width, probability)
-            kept[site, : units * instances] = drawn.view(-1, width) / probability
-        return kept.to(self.device)
+            drawn = work.source.bernoulli(units * instances * width, probability).numpy()
+            kept[site, : units * instances] = drawn.reshape(-1, width) / probability
+        return kept
 
 
 @dataclass(frozen=True)
@@ -326,8 +327,8 @@ class _Picked:
         widths: of each step, how many units the site with most has.
     """
 
-    places: Tensor
-    valid: Tensor
+    places: npt.NDArray[np.int64]
+    valid: Mask
     widths: list[int]
 
     def steps(self, first: int, count: int) -> "_Picked":
@@ -349,16 +350,16 @@ class _Batch:
     Attributes:
         values: `(…, instances, dim)`, float64, zero where there is no instance.
         squares: of the norms of values and a one, `(…, instances)`.
-        counts: which instances there are, bool; it may be one for all of a unit's.
+        counts: which instances there are, bool.
         targets: `(…, instances)` or `(…, instances, labels)`.
         valid: which units there are, bool.
     """
 
-    values: Tensor
-    squares: Tensor
-    counts: Tensor
-    targets: Tensor
-    valid: Tensor
+    values: Array
+    squares: Array
+    counts: Mask
+    targets: npt.NDArray[Any]
+    valid: Mask
 
     def at(self, step: int, width: int) -> "_Batch":
         """Return one step's, without what only fills up."""
@@ -366,41 +367,50 @@ class _Batch:
         return _Batch(*(each[step, :, :width] for each in fields))
 
 
-def _picked(taken: list[Tensor], offsets: Tensor, device: str) -> _Picked:
+def _picked(taken: list[Mask], sizes: list[int]) -> _Picked:
     """Return the units of all sites and steps; `taken` is `(steps, units)` for each site."""
-    counts = torch.stack([each.sum(1) for each in taken], 1)
-    places = torch.zeros(*counts.shape, int(counts.max()), dtype=torch.int64)
-    for site, each in enumerate(taken):
-        step, unit = each.nonzero(as_tuple=True)
-        first = counts[:, site].cumsum(0) - counts[:, site]
-        places[step, site, torch.arange(len(step)) - first[step]] = unit + offsets[site]
-    valid = torch.arange(places.shape[2]) < counts.unsqueeze(2)
-    return _Picked(places.to(device), valid.to(device), counts.amax(1).tolist())
+    steps, sites = len(taken[0]), len(taken)
+    step, place = np.concatenate(taken, axis=1).nonzero()
+    # In the order of steps, within them of sites: what has one step and site follows one another.
+    part = step * sites + np.repeat(np.arange(sites), sizes)[place]
+    counts = np.bincount(part, minlength=steps * sites)
+    rank = np.arange(len(part)) - (counts.cumsum() - counts)[part]
+    places = np.zeros((steps * sites, counts.max()), dtype=np.int64)
+    places[part, rank] = place
+    counts = counts.reshape(steps, sites)
+    valid = np.arange(places.shape[1]) < counts[..., None]
+    return _Picked(places.reshape(valid.shape), valid, counts.max(1).tolist())
 
 
-def _residual(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the gradient of each instance's loss by its outputs, `(sites, rows, labels)`.
-
-    By softmax alone, also for several labels: see `training._losses`.
-    """
+def _residual(outputs: Array, targets: npt.NDArray[Any]) -> Array:
+    """Return the gradient of each instance's loss by its outputs, `(sites, rows, labels)`."""
     if targets.ndim == 3:
-        pairs = torch.stack([torch.zeros_like(outputs), outputs], dim=-1)
-        return pairs.softmax(-1)[..., 1] - targets
-    return outputs.softmax(-1).scatter_add(
-        2, targets.unsqueeze(2), torch.full_like(outputs[..., :1], -1.0)
-    )
+        # A sigmoid, as the softmax over zero and a number; neither exponential overflows.
+        largest = np.maximum(outputs, 0.0)
+        positive = np.exp(outputs - largest)
+        return positive / (np.exp(-largest) + positive) - targets
+    powers = np.exp(outputs - outputs.max(-1, keepdims=True))
+    powers /= powers.sum(-1, keepdims=True)
+    powers.reshape(-1)[np.arange(targets.size) * powers.shape[2] + targets.reshape(-1)] -= 1.0
+    return powers
 
 
-def _relu(values: Tensor) -> tuple[Tensor, Tensor]:
+def _activated(activation: str, outputs: Array) -> tuple[Array, Array]:
+    """Return a hidden layer's activations and their derivative by its outputs."""
+    values, slope = _ACTIVATIONS[activation](torch.from_numpy(outputs))
+    return values.numpy(), slope.numpy()
+
+
+def _relu(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.relu(), (values > 0).double()
 
 
-def _tanh(values: Tensor) -> tuple[Tensor, Tensor]:
+def _tanh(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     found = values.tanh()
     return found, 1 - found * found
 
 
-def _gelu(values: Tensor) -> tuple[Tensor, Tensor]:
+def _gelu(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     share = 0.5 + 0.5 * torch.erf(values * math.sqrt(0.5))
     density = (values * values * -0.5).exp() * math.sqrt(0.5 / math.pi)
     return values * share, share + values * density
@@ -409,104 +419,109 @@ def _gelu(values: Tensor) -> tuple[Tensor, Tensor]:
 _ACTIVATIONS = {"relu": _relu, "tanh": _tanh, "gelu": _gelu}
 
 
-def _bounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _bounded(rows: Array) -> tuple[Array, Mask]:
     """Return rows, zero where one holds what is not a number below `BOUND`, and which do not."""
     # Written so that NaN fails.
-    fine = rows.abs().amax(-1) <= BOUND
-    return torch.where(fine.unsqueeze(-1), rows, 0.0), fine
+    fine = np.abs(rows).max(-1) <= BOUND
+    return np.where(fine[..., None], rows, 0.0), fine
 
 
 def _backward(
-    layers: list[tuple[Tensor, Tensor]], residual: Tensor, slopes: list[Tensor], fine: Tensor
-) -> tuple[list[Tensor], Tensor]:
+    layers: Layers, residual: Array, slopes: list[Array], fine: Mask | None
+) -> tuple[list[Array], Mask]:
     """Return the gradient of each instance's loss by each layer's outputs; which rows are fine."""
     delta, whole = _bounded(residual)
     deltas, fine = [delta], fine & whole
     for (weight, _), slope in zip(layers[:0:-1], reversed(slopes), strict=True):
-        found = exact.product(exact.rounded(deltas[0]), weight.mT) * slope
+        found = exact.product(exact.rounded(deltas[0]), weight.swapaxes(1, 2)) * slope
         delta, whole = _bounded(found)
         deltas.insert(0, delta)
         fine = fine & whole
     return deltas, fine
 
 
-def _gradient(deltas: list[Tensor], inputs: list[Tensor]) -> Tensor:
-    """Return the sum of the instances' gradients over all parameters, `(sites, dimension)`."""
-    found = []
-    for delta, values in zip(deltas, inputs, strict=True):
-        found += [(delta.mT @ values).flatten(1), delta.sum(1)]
-    return torch.cat(found, 1)
-
-
-def _scaled(deltas: list[Tensor], factors: Tensor) -> list[Tensor]:
-    weights = factors.unsqueeze(2)
+def _scaled(deltas: list[Array], factors: npt.NDArray[Any]) -> list[Array]:
+    weights = factors[..., None]
     return [delta * weights for delta in deltas]
 
 
-def _norms(deltas: list[Tensor], inputs: list[Tensor], squares: Tensor) -> Tensor:
+def _norms(deltas: list[Array], inputs: list[Array], squares: Array) -> Array:
     """Return the norms of the gradients of units with one instance, `(sites, units)`.
 
     Args:
         squares: of the first layer's inputs.
     """
-    total = squares * deltas[0].square().sum(2)
+    total = squares * np.square(deltas[0]).sum(2)
     for delta, values in zip(deltas[1:], inputs[1:], strict=True):
-        total = total + (values.square().sum(2) + 1) * delta.square().sum(2)
-    return total.sqrt_()
+        total += (np.square(values).sum(2) + 1) * np.square(delta).sum(2)
+    return np.sqrt(total, out=total)
 
 
 def _norms_of_several(
-    deltas: list[Tensor], inputs: list[Tensor], instances: int
-) -> tuple[Tensor, Tensor]:
+    deltas: list[Array], inputs: list[Array], instances: int
+) -> tuple[Array, Mask]:
     """Return the norms of units' gradients, `(sites, units)`, and which of them may be used."""
-    total: Tensor | float = 0.0
+    gram = np.zeros(())
     for delta, values in zip(deltas, inputs, strict=True):
-        d, x = (each.view(len(each), -1, instances, each.shape[2]) for each in (delta, values))
+        d, x = (
+            each.reshape(len(each), -1, instances, each.shape[2]) for each in (delta, values)
+        )
         # The bias sees a one beside the inputs.
-        total = total + (exact.product(x, x) + 1) * exact.product(d, d)
-    gram = torch.as_tensor(total)
-    apart = gram.diagonal(dim1=2, dim2=3).sqrt().sum(2).square()
+        gram = gram + (exact.product(x, x) + 1) * exact.product(d, d)
+    apart = np.square(np.sqrt(np.diagonal(gram, axis1=2, axis2=3)).sum(2))
     squares = gram.sum((2, 3))
-    norms = (squares.clamp(min=0) + _ROUNDING * apart).sqrt()
+    norms = np.sqrt(np.maximum(squares, 0) + _ROUNDING * apart)
     return norms, squares * CANCELLED**2 >= apart
 
 
 def _cancelling(
-    deltas: list[Tensor], inputs: list[Tensor], chosen: Tensor, instances: int, clip: float
-) -> Tensor:
+    deltas: list[Array], inputs: list[Array], chosen: Mask, instances: int, clip: float
+) -> Array:
     """Return the clipped sums over these units, `(sites, dimension)`, from their gradients."""
     dimension = sum(d.shape[2] * (x.shape[2] + 1) for d, x in zip(deltas, inputs, strict=True))
-    sums = torch.zeros(len(chosen), dimension, dtype=torch.float64, device=chosen.device)
+    sums = np.zeros((len(chosen), dimension))
     for site, units in enumerate(chosen):
-        places = units.nonzero().flatten()
-        for part in torch.split(places, max(1, NUMBERS // dimension)):
-            grads: list[Tensor] = []
-            for delta, values in zip(deltas, inputs, strict=True):
-                pair = (delta[site], values[site])
-                d, x = (each.view(-1, instances, each.shape[1])[part] for each in pair)
+        places, size = units.nonzero()[0], max(1, NUMBERS // dimension)
+        for first in range(0, len(places), size):
+            part = places[first : first + size]
+            grads: list[torch.Tensor] = []
+            for pair in zip(deltas, inputs, strict=True):
+                d, x = (
+                    torch.from_numpy(each[site].reshape(-1, instances, each.shape[2])[part])
+                    for each in pair
+                )
                 grads += unit_gradients(d, x)
-            sums[site] += mechanism.clipped_sum(grads, clip)
+            sums[site] += mechanism.clipped_sum(grads, clip).numpy()
     return sums
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def _rows(units: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return what is held of each unit's instances, `(sites, units, instances, …)`, row by row."""
+    sites, count, instances, *rest = units.shape
+    return units.reshape(sites, count * instances, *rest)
 
 
-def _flat(arrays: heads.Arrays) -> npt.NDArray[np.float64]:
+def _joined(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _flat(arrays: heads.Arrays) -> Array:
     return np.concatenate([array.ravel() for array in arrays.values()])
 
 
-def _squares(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the squares of the norms of values and a one, float64 `(units, instances)`."""
-    parts = [torch.linalg.vector_norm(part.double(), dim=2) for part in torch.split(values, 2**14)]
-    return torch.where(mask, torch.cat(parts).square_() + 1, 0.0)
+def _parts(values: npt.NDArray[Any]) -> Iterator[slice]:
+    return (slice(start, start + 2**14) for start in range(0, max(1, len(values)), 2**14))
 
 
-def _cut(values: Tensor) -> Tensor:
+def _squares(values: npt.NDArray[Any], mask: Mask) -> Array:
+    """Return the squares of the norms of values and a one, `(units, instances)`."""
+    parts = [np.square(values[part], dtype=np.float64).sum(2) for part in _parts(values)]
+    return np.where(mask, np.concatenate(parts) + 1, 0.0)
+
+
+def _cut(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return features that products are exact for; the same where they are so already."""
-    split = torch.split(values, 2**14)
-    parts = [exact.rounded(part) for part in split]
-    if all(torch.equal(one, other) for one, other in zip(parts, split, strict=True)):
+    found = [exact.rounded(values[part]) for part in _parts(values)]
+    if all(np.array_equal(values[part], cut) for part, cut in zip(_parts(values), found)):
         return values
-    return torch.cat(parts)
+    return np.concatenate(found)

@@ -4,6 +4,8 @@ import logging
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from veilgraft.model import head as heads
@@ -69,7 +71,9 @@ class Steps:
             return self.used.expand(steps, units)
         return source.bernoulli(steps * units, rate).view(steps, units).logical_and_(self.used)
 
-    def noise(self, sources: Sequence[NoiseSource], steps: int) -> Tensor | None:
+    def noise(
+        self, sources: Sequence[NoiseSource], steps: int
+    ) -> npt.NDArray[np.float64] | None:
         """Draw the noise of so many steps' sums for each source, `(sources, steps, dimension)`.
 
         None where the study is not private.

@@ -76,7 +76,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
             loss_reduction="sum",
         )
         self._normaliser = normaliser
-        self.drawn: Tensor | None = None
+        self.drawn: npt.NDArray[np.float64] | None = None
         self._parameters = self.params
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self._forget()
@@ -104,7 +104,8 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         self._close_partial()
         assert self.drawn is not None
         sigma, clip = self.noise_multiplier, self.max_grad_norm
-        mean = mechanism.add_noise(self._total, clip, sigma, self.drawn) / self._normaliser
+        noised = mechanism.add_noise(self._total.numpy(), clip, sigma, self.drawn)
+        mean = torch.from_numpy(noised) / self._normaliser
         self.drawn = None
         parts = torch.split(mean, self._sizes)
         for parameter, part in zip(self._parameters, parts, strict=True):
@@ -125,7 +126,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 class PlainOptimizer:
     """The same steps without clipping and noise: not private."""
 
-    drawn: Tensor | None = None
+    drawn: npt.NDArray[np.float64] | None = None
 
     def __init__(self, optimizer: torch.optim.Optimizer, normaliser: float) -> None:
         self._optimizer = optimizer

@@ -45,11 +45,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     seen: list[Step] = []
     real = mechanism.add_noise
 
-    def watched(
-        totals: torch.Tensor, clip_norm: float, noise_multiplier: float, drawn: torch.Tensor
-    ) -> torch.Tensor:
-        for total in totals.view(-1, totals.shape[-1]).clone():
-            seen.append(Step(total.numpy(), clip_norm, noise_multiplier))
+    def watched(totals: Array, clip_norm: float, noise_multiplier: float, drawn: Array) -> Array:
+        for total in totals.reshape(-1, totals.shape[-1]).copy():
+            seen.append(Step(total, clip_norm, noise_multiplier))
         return real(totals, clip_norm, noise_multiplier, drawn)
 
     monkeypatch.setattr(mechanism, "add_noise", watched)
@@ -560,7 +558,7 @@ def test_small_batches_are_added_up_so_that_rounding_stays_within_its_bound(
     parameter, small, count = torch.nn.Parameter(torch.zeros(1).double()), 2.0**-56, 5000
     sgd = torch.optim.SGD([parameter], lr=1.0)
     optimizer = PrivateOptimizer(sgd, SIGMA, CLIP, 1.0)
-    optimizer.drawn = torch.zeros(1, dtype=torch.float64)
+    optimizer.drawn = np.zeros(1)
     for value in (CLIP / 2, *[small] * count):
         parameter.grad_sample = torch.tensor([[value]], dtype=torch.float64)  # type: ignore[attr-defined]
         optimizer.clip_and_accumulate()
@@ -723,26 +721,25 @@ def test_sites_that_are_trained_together_release_what_each_would_alone(
 def test_all_that_decides_on_a_unit_is_its_own_to_the_last_bit(
     monkeypatch: pytest.MonkeyPatch, head: str, instances: int
 ) -> None:
-    seen: list[torch.Tensor] = []
-    real = fused._scaled
+    seen: list[Array] = []
+    real = fused._Sites._gradient
 
-    def watched(deltas: list[torch.Tensor], factors: torch.Tensor) -> list[torch.Tensor]:
-        found = real(deltas, factors)
-        seen.append(torch.cat([*found, factors.unsqueeze(2)], 2).flatten(0, 1))
-        return found
+    def watched(sites: Any, deltas: list[Array], inputs: list[Array]) -> Array:
+        seen.append(np.concatenate(deltas, axis=2)[0])
+        return real(sites, deltas, inputs)
 
-    monkeypatch.setattr(fused, "_scaled", watched)
+    monkeypatch.setattr(fused._Sites, "_gradient", watched)
     contract, held = study(head=HEADS[head]), features(200, instances=instances)
 
-    def decided(own: Features) -> torch.Tensor:
+    def decided(own: Features) -> Array:
         seen.clear()
         trainer(contract, own).update(start(contract), 1.0, source())
-        return torch.cat(seen)
+        return np.concatenate(seen)
 
     everything = decided(held)
     for first, last in ((1, 200), (0, 1), *((70 - count, 70) for count in range(1, 71, 9))):
         fewer = decided(held.select(slice(first, last)))
-        assert torch.equal(fewer, everything[first * instances : last * instances])
+        assert np.array_equal(fewer, everything[first * instances : last * instances])
 
 
 @pytest.mark.parametrize("algorithm", ["dp-gd", "dp-sgd"])

@@ -4,18 +4,22 @@ A matrix product adds up a row in an order that depends on where the row stands 
 stand beside it. What no order can change is a sum that is exact. So numbers are cut to whole
 multiples of a spacing, few enough bits wide that every sum of every product fits into float64's 53
 (Ozaki, Ogita, Oishi & Rump 2012, Error-free transformations of matrix multiplication, §3): a
-row's result is then a function of that row and the matrix alone, on any device and with any number
+row's result is then a function of that row and the matrix alone, on any machine and with any number
 of threads, by the fastest product that there is.
 
 Rows are cut once, to `ROW_BITS` bits below their largest number: 6e-8 of it. The weight is cut into
 slices, whose products are added in a fixed order, and is good to 2^-36 of an output's largest.
+
+In NumPy: its products take less than half as long as torch's on AMD's CPUs, and as long on others.
 """
 
-import functools
 import math
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
 
 ROW_BITS = 24
 """Bits of a row's numbers, below its largest: as many as a float32 has, so that it holds them."""
@@ -26,54 +30,62 @@ MATRIX_BITS = 36
 # Below, numbers are taken for zero: products of two such would underflow, and so be inexact.
 _TINY = 2.0**-300
 _EXPONENT = 0x7FF << 52
+# Beside it a float64 has no fraction left, so that to add and take it away rounds to whole numbers.
+_WHOLE = 1.5 * 2.0**52
 
 
-def rounded(rows: Tensor) -> Tensor:
+def rounded(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return rows `(..., n)`, float32 or float64, cut to `ROW_BITS` bits below each row's largest.
 
     What is not finite spoils its own row alone.
 
-    >>> rounded(torch.tensor([[1.0, 2.0**-30]])).tolist()
+    >>> rounded(np.array([[1.0, 2.0**-30]])).tolist()
     [[1.0, 0.0]]
     """
-    wide = rows.double()
-    return _cut(wide, _above(wide) * 2.0**-ROW_BITS).to(rows.dtype)
+    wide = rows.astype(np.float64)
+    shift = _above(wide) * (_WHOLE * 2.0**-ROW_BITS)
+    wide += shift
+    wide -= shift
+    return wide.astype(rows.dtype, copy=False)
 
 
-def slices(weight: Tensor) -> list[Tensor]:
-    """Cut a weight `(..., m, n)` so that any of the parts times `rounded` rows of n is exact."""
+def slices(weight: Array) -> Array:
+    """Cut a weight `(..., m, n)` so that any of the parts times `rounded` rows of n is exact.
+
+    Returns them, most of it first, as `(..., parts, m, n)`.
+    """
     bits = 53 - ROW_BITS - max(1, math.ceil(math.log2(weight.shape[-1])))
-    scale = _above(weight) * 2.0**-bits
-    found, left = [_cut(weight, scale)], weight
-    for _ in range(1, math.ceil(MATRIX_BITS / bits)):
-        left, scale = left - found[-1], scale * 2.0**-bits
-        found.append(_cut(left, scale))
+    count = math.ceil(MATRIX_BITS / bits)
+    found = np.empty((*weight.shape[:-2], count, *weight.shape[-2:]))
+    shift, left = _above(weight) * (_WHOLE * 2.0**-bits), weight
+    for index in range(count):
+        part = found[..., index, :, :]
+        np.add(left, shift, out=part)
+        part -= shift
+        if index < count - 1:
+            left, shift = left - part, shift * 2.0**-bits
     return found
 
 
-def product(rows: Tensor, weight: Tensor) -> Tensor:
+def product(rows: Array, weight: Array) -> Array:
     """Return `rounded` rows `(..., r, n)` times the transposed weight `(..., m, n)`.
 
     Both are float64, as is the result, `(..., r, m)`; n is at most 2^20.
 
-    >>> product(torch.ones(1, 3).double(), torch.tensor([[1.0, 10.0, 100.0]]).double())
-    tensor([[111.]], dtype=torch.float64)
+    >>> product(np.ones((1, 3)), np.array([[1.0, 10.0, 100.0]]))
+    array([[111.]])
     """
     parts = slices(weight)
-    found = torch.split(rows @ torch.cat(parts, -2).mT, weight.shape[-2], -1)
+    *batch, count, outputs, inputs = parts.shape
+    found = rows @ parts.reshape(*batch, count * outputs, inputs).swapaxes(-1, -2)
+    total = found[..., :outputs]
     # In this order for every row: here, at last, something is rounded.
-    total: Tensor = functools.reduce(torch.add, found)
+    for index in range(1, count):
+        total = total + found[..., index * outputs : (index + 1) * outputs]
     return total
 
 
-def _above(rows: Tensor) -> Tensor:
+def _above(rows: Array) -> Array:
     """Return a power of two above each row's largest number, and at most twice as large."""
-    largest = rows.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
-    power: Tensor = (largest.view(torch.int64) & _EXPONENT).view(torch.float64)
-    return power * 2.0
-
-
-def _cut(values: Tensor, spacing: Tensor) -> Tensor:
-    """Round to multiples of a power of two, which are below 2^51 of them."""
-    shift = spacing * (1.5 * 2.0**52)
-    return (values + shift).sub_(shift)
+    largest = np.maximum(np.abs(rows).max(-1, keepdims=True), _TINY)
+    return (largest.view(np.int64) & _EXPONENT).view(np.float64) * 2.0

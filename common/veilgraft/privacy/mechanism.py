@@ -47,7 +47,10 @@ Sources:
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -68,8 +71,10 @@ _NOISE_MULTIPLIERS = (1e-3, 1e5)
 # Far enough below the root of the largest float64 that no way of adding squares overflows.
 _LARGEST_NORM = 1e150
 _BLOCK = 2**10
+_DRAWN = 2**15
 
 
+@lru_cache
 def grid(clip_norm: float, noise_multiplier: float, dimension: int) -> float:
     """Return the spacing on which a sum of `dimension` coordinates and its noise are rounded.
 
@@ -92,24 +97,25 @@ def grid(clip_norm: float, noise_multiplier: float, dimension: int) -> float:
     return math.ldexp(1.0, exponent - 1)
 
 
-def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
-    """Return what each unit's gradient is multiplied by, float64 `(units,)`, in [0, 1].
+def clip_factors(norms: npt.NDArray[np.float64], clip_norm: float) -> npt.NDArray[np.float64]:
+    """Return what each unit's gradient is multiplied by, float64 like the norms, in [0, 1].
 
     min(1, C(1 - `SLACK`) / norm): 1 where the norm is zero; and 0 where it is NaN, infinite or
     above 1e150. A gradient whose factor is 0 may hold infinities, and 0 × infinity is NaN: replace
     what is not finite before multiplying.
 
     Args:
-        norms: L2 norms of whole gradients, over all parameters, float64 `(units,)`.
+        norms: L2 norms of whole gradients, over all parameters, float64 of any shape.
         clip_norm: C.
 
     Raises ValueError if the norms are not float64, whose precision the guarantee needs.
     """
     _within("clip_norm", clip_norm, *_CLIP_NORMS)
-    if norms.dtype != torch.float64:
+    if norms.dtype != np.float64:
         raise ValueError(f"norms: expected float64, got {norms.dtype}")
-    factors = (clip_norm * (1.0 - SLACK) / norms).clamp_(max=1.0)
-    return torch.where(norms <= _LARGEST_NORM, factors, 0.0)
+    with np.errstate(all="ignore"):
+        factors = np.minimum(clip_norm * (1.0 - SLACK) / norms, 1.0)
+    return np.where(norms <= _LARGEST_NORM, factors, 0.0)
 
 
 def clipped_sum(grads: Sequence[Tensor], clip_norm: float) -> Tensor:
@@ -162,7 +168,8 @@ def noised(total: Tensor, clip_norm: float, noise_multiplier: float, source: Noi
     if not bool((total.abs() <= MAX_UNITS * clip_norm).all()):
         raise ValueError("total: expected a finite sum of clipped gradients")
     drawn = noise([source], 1, len(total), clip_norm, noise_multiplier)[0, 0]
-    return add_noise(total, clip_norm, noise_multiplier, drawn.to(total.device))
+    found = add_noise(total.numpy(force=True), clip_norm, noise_multiplier, drawn)
+    return torch.from_numpy(found).to(total.device)
 
 
 def noise(
@@ -171,36 +178,52 @@ def noise(
     dimension: int,
     clip_norm: float,
     noise_multiplier: float,
-) -> Tensor:
+) -> npt.NDArray[np.float64]:
     """Draw the noise of so many sums of each source's release, `(sources, count, dimension)`.
 
     It is rounded to the grid. Raises as `noised` does.
     """
     step = grid(clip_norm, noise_multiplier, dimension)
-    place = torch.empty(len(sources), count * dimension, dtype=torch.float64, device="cpu")
-    fill(sources, place).mul_(noise_multiplier * clip_norm / step).round_().mul_(step)
-    return place.view(len(sources), count, dimension)
+    place = np.empty((len(sources), count * dimension))
+    # Few sources at a time: what was drawn is then rounded before it has left the cache.
+    few = max(1, _DRAWN // (count * dimension))
+    for first in range(0, len(sources), few):
+        part = fill(sources[first : first + few], place[first : first + few])
+        part *= noise_multiplier * clip_norm / step
+        np.rint(part, out=part)
+        part *= step
+    return place.reshape(len(sources), count, dimension)
 
 
-def add_noise(totals: Tensor, clip_norm: float, noise_multiplier: float, drawn: Tensor) -> Tensor:
+def add_noise(
+    totals: npt.NDArray[np.float64],
+    clip_norm: float,
+    noise_multiplier: float,
+    drawn: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
     """Round clipped sums to the grid and add noise that was drawn in a block, as `noised` does.
 
-    What is not finite stays so, and must not be released: to find out here would have the host
-    wait for the device.
+    What is not finite stays so, and must not be released.
 
     Args:
         totals: float64 `(..., dimension)`, each what clipped units add up to.
-        drawn: a row of what `noise` gave for each sum, on the same device, used once.
+        drawn: a row of what `noise` gave for each sum, used once.
     """
     step = grid(clip_norm, noise_multiplier, totals.shape[-1])
-    return (totals / step).round_().mul_(step).add_(drawn)
+    # A power of two: to multiply by it, or by its inverse, rounds nothing.
+    found = totals * (1 / step)
+    np.rint(found, out=found)
+    found *= step
+    found += drawn
+    return found
 
 
 def _block_sum(rows: Sequence[Tensor], clip_norm: float) -> Tensor:
     """Clip and sum a block of units, given as one `(units, size)` for each parameter."""
     rows = [row.double() for row in rows]
     by_parameter = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows])
-    factors = clip_factors(torch.linalg.vector_norm(by_parameter, dim=0), clip_norm)
+    norms = torch.linalg.vector_norm(by_parameter, dim=0)
+    factors = torch.from_numpy(clip_factors(norms.numpy(force=True), clip_norm)).to(norms.device)
     # A unit that is not finite has factor 0, and 0 × NaN would be NaN.
     return torch.cat([factors @ row.nan_to_num(0.0, 0.0, 0.0) for row in rows])
 

@@ -30,7 +30,7 @@ DRAWS: list[Callable[[NoiseSource], object]] = [
 
 
 def pair(radius: int, angle: int, dither: int = 0) -> Tensor:
-    return box_muller(torch.tensor([[radius], [angle], [dither]]))
+    return torch.from_numpy(box_muller(np.array([[radius], [angle], [dither]])))
 
 
 def distinct(draws: Tensor) -> int:
