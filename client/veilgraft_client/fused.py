@@ -461,15 +461,15 @@ def _norms_of_several(
     deltas: list[Array], inputs: list[Array], instances: int
 ) -> tuple[Array, Mask]:
     """Return the norms of units' gradients, `(sites, units)`, and which of them may be used."""
-    gram = np.zeros(())
+    total = np.zeros(())
     for delta, values in zip(deltas, inputs, strict=True):
         d, x = (
             each.reshape(len(each), -1, instances, each.shape[2]) for each in (delta, values)
         )
         # The bias sees a one beside the inputs.
-        gram = gram + (exact.product(x, x) + 1) * exact.product(d, d)
-    apart = np.square(np.sqrt(np.diagonal(gram, axis1=2, axis2=3)).sum(2))
-    squares = gram.sum((2, 3))
+        total = total + (exact.gram(x) + 1) * exact.gram(d)
+    apart = np.square(np.sqrt(np.diagonal(total, axis1=2, axis2=3)).sum(2))
+    squares = total.sum((2, 3))
     norms = np.sqrt(np.maximum(squares, 0) + _ROUNDING * apart)
     return norms, squares * CANCELLED**2 >= apart
 
