@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from threadpoolctl import threadpool_limits
 
 from veilgraft.model import exact
 from veilgraft.model import head as heads
@@ -56,7 +55,7 @@ ROWS = 1024
 NUMBERS = 2**21
 """Numbers in memory at once, about, over all sites trained together; speed, not privacy."""
 
-GATHERED = 2**17
+GATHERED = 2**19
 """Numbers of features gathered at a time, about; what is larger is not in the cache any more."""
 
 BOUND = 1e60
@@ -65,9 +64,6 @@ where their squares underflow is nothing beside any clip norm."""
 
 _ROUNDING = 2.0**-30
 """Above the relative error of a Gram norm's square: a rounding of 2^-53 for each of 2^20 terms."""
-
-# A step's products are so small that threads of their own would take longer to meet than to work.
-threadpool_limits(1, "blas")
 
 
 class Fused(Steps):
@@ -285,12 +281,11 @@ class _Sites:
             np.sum(delta, 1, out=bias)
         return found
 
-    def _forward(
-        self, layers: Layers, batch: "_Batch"
-    ) -> tuple[list[Array], list[Array], Mask | None]:
+    def _forward(self, layers: Layers, batch: "_Batch") -> tuple[list[Array], list[Array], Mask]:
         """Return each layer's inputs and, last, the outputs; slopes; and which rows are fine."""
         spec, slopes = self.study.head, list[Array]()
-        inputs, fine = [_rows(batch.values)], None
+        inputs = [_rows(batch.values)]
+        fine = np.ones(inputs[0].shape[:2], dtype=np.bool_)
         for index, (weight, bias) in enumerate(layers):
             outputs = exact.product(inputs[-1], weight)
             outputs += bias[:, None]
@@ -302,7 +297,7 @@ class _Sites:
                 kept = self._kept(values.shape, batch.valid, 1 - spec.dropout)
                 values, slope = values * kept, slope * kept
             values, whole = _bounded(exact.rounded(values))
-            fine = whole if fine is None else fine & whole
+            fine = fine & whole
             slopes.append(slope)
             inputs.append(values)
         return inputs, slopes, fine
@@ -363,8 +358,14 @@ class _Batch:
 
     def at(self, step: int, width: int) -> "_Batch":
         """Return one step's, without what only fills up."""
-        fields = (self.values, self.squares, self.counts, self.targets, self.valid)
-        return _Batch(*(each[step, :, :width] for each in fields))
+        part = (step, slice(None), slice(width))
+        return _Batch(
+            self.values[part],
+            self.squares[part],
+            self.counts[part],
+            self.targets[part],
+            self.valid[part],
+        )
 
 
 def _picked(taken: list[Mask], sizes: list[int]) -> _Picked:
@@ -388,8 +389,9 @@ def _residual(outputs: Array, targets: npt.NDArray[Any]) -> Array:
         # A sigmoid, as the softmax over zero and a number; neither exponential overflows.
         largest = np.maximum(outputs, 0.0)
         positive = np.exp(outputs - largest)
-        return positive / (np.exp(-largest) + positive) - targets
-    powers = np.exp(outputs - outputs.max(-1, keepdims=True))
+        found: Array = positive / (np.exp(-largest) + positive) - targets
+        return found
+    powers: Array = np.exp(outputs - outputs.max(-1, keepdims=True))
     powers /= powers.sum(-1, keepdims=True)
     powers.reshape(-1)[np.arange(targets.size) * powers.shape[2] + targets.reshape(-1)] -= 1.0
     return powers
@@ -427,7 +429,7 @@ def _bounded(rows: Array) -> tuple[Array, Mask]:
 
 
 def _backward(
-    layers: Layers, residual: Array, slopes: list[Array], fine: Mask | None
+    layers: Layers, residual: Array, slopes: list[Array], fine: Mask
 ) -> tuple[list[Array], Mask]:
     """Return the gradient of each instance's loss by each layer's outputs; which rows are fine."""
     delta, whole = _bounded(residual)
@@ -454,7 +456,8 @@ def _norms(deltas: list[Array], inputs: list[Array], squares: Array) -> Array:
     total = squares * np.square(deltas[0]).sum(2)
     for delta, values in zip(deltas[1:], inputs[1:], strict=True):
         total += (np.square(values).sum(2) + 1) * np.square(delta).sum(2)
-    return np.sqrt(total, out=total)
+    norms: Array = np.sqrt(total, out=total)
+    return norms
 
 
 def _norms_of_several(
@@ -463,9 +466,7 @@ def _norms_of_several(
     """Return the norms of units' gradients, `(sites, units)`, and which of them may be used."""
     total = np.zeros(())
     for delta, values in zip(deltas, inputs, strict=True):
-        d, x = (
-            each.reshape(len(each), -1, instances, each.shape[2]) for each in (delta, values)
-        )
+        d, x = (each.reshape(len(each), -1, instances, each.shape[2]) for each in (delta, values))
         # The bias sees a one beside the inputs.
         total = total + (exact.gram(x) + 1) * exact.gram(d)
     apart = np.square(np.sqrt(np.diagonal(total, axis1=2, axis2=3)).sum(2))
@@ -521,7 +522,5 @@ def _squares(values: npt.NDArray[Any], mask: Mask) -> Array:
 
 def _cut(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return features that products are exact for; the same where they are so already."""
-    found = [exact.rounded(values[part]) for part in _parts(values)]
-    if all(np.array_equal(values[part], cut) for part, cut in zip(_parts(values), found)):
-        return values
-    return np.concatenate(found)
+    found = np.concatenate([exact.rounded(values[part]) for part in _parts(values)])
+    return values if np.array_equal(values, found) else found

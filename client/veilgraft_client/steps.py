@@ -71,9 +71,7 @@ class Steps:
             return self.used.expand(steps, units)
         return source.bernoulli(steps * units, rate).view(steps, units).logical_and_(self.used)
 
-    def noise(
-        self, sources: Sequence[NoiseSource], steps: int
-    ) -> npt.NDArray[np.float64] | None:
+    def noise(self, sources: Sequence[NoiseSource], steps: int) -> npt.NDArray[np.float64] | None:
         """Draw the noise of so many steps' sums for each source, `(sources, steps, dimension)`.
 
         None where the study is not private.

@@ -124,7 +124,9 @@ def _population(study: Any, sites: int, records: int, dimension: int, state: Pat
     count, drawn = sites * records, torch.Generator().manual_seed(0)
     values = torch.empty(count, 1, dimension)
     for part in torch.split(values, 2**16):
-        part.copy_(torch.from_numpy(exact.rounded(torch.randn(part.shape, generator=drawn).numpy())))
+        part.copy_(
+            torch.from_numpy(exact.rounded(torch.randn(part.shape, generator=drawn).numpy()))
+        )
     targets = torch.randint(LABELS, (count, 1), generator=drawn)
     features = Features(values, torch.ones(count, 1, dtype=torch.bool), targets)
     own = tuple(

@@ -102,4 +102,5 @@ def _slices(weight: Array, axes: int | tuple[int, ...]) -> Array:
 def _above(values: Array, axes: int | tuple[int, ...]) -> Array:
     """Return a power of two above the largest number along axes, and at most twice as large."""
     largest = np.maximum(np.abs(values).max(axes, keepdims=True), _TINY)
-    return (largest.view(np.int64) & _EXPONENT).view(np.float64) * 2.0
+    power: Array = (largest.view(np.int64) & _EXPONENT).view(np.float64) * 2.0
+    return power

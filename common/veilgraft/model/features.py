@@ -22,6 +22,7 @@ import torch
 from veilgraft import study
 from veilgraft.config import sha256_of
 from veilgraft.durable import sync_folder
+from veilgraft.model import exact
 from veilgraft.model.backbone import FrozenBackbone, Records, Shape, identity, slot
 
 Array: TypeAlias = npt.NDArray[np.float32]
@@ -123,10 +124,12 @@ class FeatureStore:
     On one machine with one number of threads, a row is bit for bit a function of the backbone and
     of that row's record: no record more or less, and no order of them, changes another's.
 
-    A file's name is the SHA-256 of what shaped it: the backbone's identity and the data's
-    fingerprint. Files have mode 0600 in a folder of mode 0700; features can be inverted to
-    something like the record, so they are guarded as records are. A file appears whole or not
-    at all, and any number of processes may extract at once: the last to finish wins.
+    Rows are `exact.rounded`, so that engines which need them so share the one map with all others.
+
+    A file's name is the SHA-256 of what shaped it: the backbone's identity, the data's fingerprint
+    and the bits that are kept. Files have mode 0600 in a folder of mode 0700; features can be
+    inverted to something like the record, so they are guarded as records are. A file appears whole
+    or not at all, and any number of processes may extract at once: the last to finish wins.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -156,7 +159,8 @@ class FeatureStore:
             InputError: a record can't be read.
             OSError: the folder can't be written, or the disk is full.
         """
-        key = sha256_of({"backbone": identity(spec), "data": fingerprint})
+        shaped = {"backbone": identity(spec), "data": fingerprint, "bits": exact.ROW_BITS}
+        key = sha256_of(shaped)
         path = self.folder / f"{key}.npy"
         if (stored := _mapped(path, len(inputs))) is not None:
             return stored
@@ -188,7 +192,7 @@ def _extract(backbone: FrozenBackbone, inputs: Records, values: Array) -> Iterat
     done = 0
     for shape, rows in _batches(backbone.shapes(inputs), inputs):
         placed = {place: inputs[row] for place, row in rows.items()}
-        values[list(rows.values())] = backbone.in_slots(shape, placed).numpy()
+        values[list(rows.values())] = exact.rounded(backbone.in_slots(shape, placed).numpy())
         done += len(rows)
         yield done
 

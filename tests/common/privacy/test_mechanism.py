@@ -71,7 +71,9 @@ def squared_norm(difference: Tensor, step: float) -> Fraction:
     ],
 )
 def test_factors_are_those_of_the_table(norm: float, factor: float) -> None:
-    assert clip_factors(vector(norm).numpy(), clip_norm=2.0).item() == pytest.approx(factor, rel=1e-15)
+    assert clip_factors(vector(norm).numpy(), clip_norm=2.0).item() == pytest.approx(
+        factor, rel=1e-15
+    )
 
 
 def test_norms_too_coarse_for_the_guarantee_are_refused() -> None:
