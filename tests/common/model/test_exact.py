@@ -32,7 +32,7 @@ def test_a_product_is_the_true_one_to_a_share_of_the_weights_largest(
     weight = numbers(seed + 1, 2, inputs, decades=decades)
     found = exact.product(rows, weight)
     for i, j in np.ndindex(3, 2):
-        away = abs(Fraction(found[i, j]) - true(rows[i], weight[j]))
+        away = abs(Fraction(found[i, j].item()) - true(rows[i], weight[j]))
         allowed = 2.0**-36 * np.abs(weight).max() * np.abs(rows[i]).sum()
         assert away <= allowed + 2.0**-52 * abs(found[i, j])
 
@@ -64,7 +64,7 @@ def test_products_of_rows_with_each_other_are_good_however_their_sizes_differ(in
     found = exact.gram(rows)
     for i, j in np.ndindex(4, 4):
         length = np.linalg.norm(rows[i]) * np.linalg.norm(rows[j])
-        assert abs(Fraction(found[i, j]) - true(rows[i], rows[j])) <= 2.0**-50 * length
+        assert abs(Fraction(found[i, j].item()) - true(rows[i], rows[j])) <= 2.0**-50 * length
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
