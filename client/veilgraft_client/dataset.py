@@ -81,8 +81,9 @@ class Records:
         """The labels: int64 (records,), or float32 (records, labels) where there may be many."""
         labels = self.table["label"].combine_chunks()
         if types.is_fixed_size_list(labels.type):
-            return np.array(labels.flatten()).reshape(len(self), labels.type.list_size)
-        return np.array(labels)
+            flat = np.array(np.from_dlpack(labels.flatten()))
+            return flat.reshape(len(self), labels.type.list_size)
+        return np.array(np.from_dlpack(labels))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -350,8 +351,9 @@ def _texts(rows: Rows, faults: dict[int, str]) -> pa.ChunkedArray:
         raise InputError(f"{rows.origin}: expected text as input, got {column.type}")
     # Large: a data set may exceed the 2 GiB that offsets of 32 bits can reach.
     column = column.cast(pa.large_string())
-    empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0).fill_null(True)
-    for i in np.flatnonzero(empty.to_numpy()).tolist():
+    lengths = pc.utf8_length(pc.utf8_trim_whitespace(column))
+    empty = pc.or_kleene(pc.is_null(lengths), pc.invert(lengths.cast(pa.bool_())))
+    for i in pc.indices_nonzero(empty).to_pylist():
         faults.setdefault(i, "the text is empty")
     return column
 
@@ -414,11 +416,17 @@ def _labels(rows: Rows, task: Task, separator: str, faults: dict[int, str]) -> p
         else:
             found.append([codes[name] for name in names])
     if task.type != "multilabel":
-        return pa.array([code for (code,) in found], pa.int64())
+        return _numbers(np.array([code for (code,) in found], np.int64))
     hot = np.zeros((len(found), len(task.labels)), np.float32)
     for i, each in enumerate(found):
         hot[i, each] = 1
-    return pa.FixedSizeListArray.from_arrays(pa.array(hot.ravel()), len(task.labels))
+    return pa.FixedSizeListArray.from_arrays(_numbers(hot.ravel()), len(task.labels))
+
+
+def _numbers(values: npt.NDArray[np.generic]) -> pa.Array:
+    """Return what `pa.array` does, which imports pandas: a fifth of a second and 30 MiB."""
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
 
 
 def _label_names(rows: Rows, task: Task, separator: str) -> list[list[str] | None]:

@@ -346,8 +346,8 @@ def read_images(path: Path, files: Sequence[Path]) -> Rows:
     places = [i for i in range(len(files)) if i not in bad]
     table = pa.table(
         {
-            "input": pa.array([_bytes(files[i]) for i in places], pa.large_binary()),
-            "label": pa.array([files[i].parent.name for i in places], pa.string()),
+            "input": _encoded([_bytes(files[i]) for i in places]),
+            "label": _text([files[i].parent.name for i in places]),
         }
     )
     return Rows(str(path), table, places, bad, names=names)
@@ -364,10 +364,21 @@ def read_digits() -> Rows:
     path = Path(spec.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
     values = np.loadtxt(io.BytesIO(_contents(path, "csv")), delimiter=",")
     pixels = np.rint(values[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    inputs = pa.array([_png(image) for image in pixels], pa.large_binary())
-    labels = pa.array([str(int(label)) for label in values[:, 64]], pa.string())
+    inputs = _encoded([_png(image) for image in pixels])
+    labels = _text([str(int(label)) for label in values[:, 64]])
     table = pa.table({"input": inputs, "label": labels})
     return Rows("source digits", table, range(1, len(values) + 1), {})
+
+
+def _encoded(values: Sequence[bytes]) -> pa.LargeBinaryArray:
+    """Return what `pa.array` does, which imports pandas: a fifth of a second and 30 MiB."""
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int64)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
+    return pa.Array.from_buffers(pa.large_binary(), len(values), buffers)
+
+
+def _text(values: Sequence[str]) -> pa.LargeStringArray:
+    return _encoded([value.encode() for value in values]).cast(pa.large_string())
 
 
 def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
