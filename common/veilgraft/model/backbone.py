@@ -64,7 +64,7 @@ __all__ = [
 MAX_BYTES = 4 << 30
 """Memory that a backbone's float32 tensors may take unless the caller says otherwise."""
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the same files and study would give other features than before."""
 
 IMAGE_SLOTS = 16
@@ -149,6 +149,12 @@ class FrozenBackbone:
         # Only now: had the blank record indexed out of range on a GPU, the process would be lost.
         model.to(device)
         return backbone
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone computes."""
+        device: torch.device = self._model.device
+        return device
 
     def shapes(self, records: Records) -> list[Shape]:
         """Return for each record the shape of the batches that it may stand in."""

@@ -9,9 +9,10 @@ import fcntl
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -121,15 +122,15 @@ def _tensor(values: Array) -> torch.Tensor:
 class FeatureStore:
     """Features on disk, computed once for each backbone and data set.
 
-    On one machine with one number of threads, a row is bit for bit a function of the backbone and
-    of that row's record: no record more or less, and no order of them, changes another's.
+    On one machine, a row is bit for bit a function of the backbone and of that row's record: no
+    record more or less, no order of them and no number of cores changes another's.
 
     Rows are `exact.rounded`, so that engines which need them so share the one map with all others.
 
-    A file's name is the SHA-256 of what shaped it: the backbone's identity, the data's fingerprint
-    and the bits that are kept. Files have mode 0600 in a folder of mode 0700; features can be
-    inverted to something like the record, so they are guarded as records are. A file appears whole
-    or not at all, and any number of processes may extract at once: the last to finish wins.
+    A file's name is the SHA-256 of what shaped it: the backbone's identity and the data's
+    fingerprint. Files have mode 0600 in a folder of mode 0700; features can be inverted to
+    something like the record, so they are guarded as records are. A file appears whole or not
+    at all, and any number of processes may extract at once: the last to finish wins.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -147,7 +148,7 @@ class FeatureStore:
         """Return the features of all rows, `(rows, dim)`, memory-mapped and read-only.
 
         The backbone is opened only where no whole file for these rows is there. Memory is
-        bounded by one batch.
+        bounded by one batch for each of torch's threads.
 
         Args:
             spec: what the study says of the backbone.
@@ -159,8 +160,7 @@ class FeatureStore:
             InputError: a record can't be read.
             OSError: the folder can't be written, or the disk is full.
         """
-        shaped = {"backbone": identity(spec), "data": fingerprint, "bits": exact.ROW_BITS}
-        key = sha256_of(shaped)
+        key = sha256_of({"backbone": identity(spec), "data": fingerprint})
         path = self.folder / f"{key}.npy"
         if (stored := _mapped(path, len(inputs))) is not None:
             return stored
@@ -170,9 +170,10 @@ class FeatureStore:
         self._remove_abandoned()
         with _replacing(path) as partial:
             values = _new_map(partial, (len(inputs), backbone.dim))
-            for done in _extract(backbone, inputs, values):
-                if progress is not None:
-                    progress(done, len(inputs))
+            with contextlib.closing(_extract(backbone, inputs, values)) as counts:
+                for done in counts:
+                    if progress is not None:
+                        progress(done, len(inputs))
             values.flush()
         made = _mapped(path, len(inputs))
         if made is None:
@@ -187,14 +188,28 @@ class FeatureStore:
                 partial.unlink(missing_ok=True)
 
 
-def _extract(backbone: FrozenBackbone, inputs: Records, values: Array) -> Iterator[int]:
-    """Fill the rows batch by batch; yield how many are done after each."""
-    done = 0
-    for shape, rows in _batches(backbone.shapes(inputs), inputs):
+def _extract(
+    backbone: FrozenBackbone, inputs: Records, values: Array
+) -> Generator[int, None, None]:
+    """Fill the rows batch by batch; yield how many are done after each.
+
+    On a CPU each thread takes a batch of its own: threads that share a batch wait for one another
+    at every layer, which in small backbones costs more than it gains.
+    """
+
+    def fill(batch: tuple[Shape, dict[int, int]]) -> int:
+        shape, rows = batch
         placed = {place: inputs[row] for place, row in rows.items()}
         values[list(rows.values())] = exact.rounded(backbone.in_slots(shape, placed).numpy())
-        done += len(rows)
-        yield done
+        return len(rows)
+
+    threads = torch.get_num_threads() if backbone.device.type == "cpu" else 1
+    batches = _batches(backbone.shapes(inputs), inputs)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from accumulate(pool.map(fill, batches))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _batches(shapes: list[Shape], inputs: Records) -> Iterator[tuple[Shape, dict[int, int]]]:

@@ -270,6 +270,19 @@ def test_a_record_that_stands_alone_has_the_same_row(
         assert np.array_equal(real.made(tmp_path, [real.records[row]]), wanted[row : row + 1])
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_changes_no_row(
+    tmp_path: Path, real: Real, wanted: contract.Array, threads: int
+) -> None:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert np.array_equal(real.made(tmp_path, real.records), wanted)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(usual)
+
+
 def test_equal_records_have_equal_rows(tmp_path: Path, real: Real, wanted: contract.Array) -> None:
     came = real.made(tmp_path, [*real.records[:20], *real.records[:20], real.records[3]])
     assert np.array_equal(came, wanted[[*range(20), *range(20), 3]])
@@ -452,6 +465,7 @@ from veilgraft.model.features import FeatureStore
 from veilgraft.study import Backbone
 
 class Dying:
+    device = torch.device("cpu")
     dim = 8
     def shapes(self, records):
         return [Shape(1)] * len(records)
