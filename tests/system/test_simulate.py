@@ -50,6 +50,29 @@ def test_a_study_runs_from_records_to_model_and_says_what_it_spent(
     assert "ε = 3 at δ = 1e-05" in (out / "model" / "README.md").read_text()
 
 
+SPARED = """
+import sys
+from veilgraft_deploy.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+spared = {"datasets", "flwr_datasets", "matplotlib", "opacus", "pandas", "ray", "sklearn"}
+print(sorted(spared & set(sys.modules)))
+"""
+
+
+def test_a_simulation_imports_no_library_that_it_has_no_work_for(
+    tmp_path: Path, state: Path
+) -> None:
+    """Each would take up to two seconds, and 30 MiB and more; imports are most of a short run."""
+    arguments = ["simulate", written(tmp_path), "--out", tmp_path / "run", "--state", state]
+    command = [sys.executable, "-c", SPARED, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=BOUND)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_a_seed_makes_the_run_reproducible_and_not_private(tmp_path: Path, state: Path) -> None:
     study, heads = written(tmp_path), []
     for name in ("one", "two"):

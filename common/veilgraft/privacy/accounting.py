@@ -102,8 +102,12 @@ def epsilon(
     """
     mu, sampled = _merged(events)
     _check_delta(delta, sampled)
-    if not sampled:
-        return _exact(mu, delta, adjacency)
+    return _sampled(mu, sampled, delta, adjacency) if sampled else _exact(mu, delta, adjacency)
+
+
+# The sites of a simulation spend alike, and each is priced.
+@lru_cache(maxsize=256)
+def _sampled(mu: float, sampled: tuple[Event, ...], delta: float, adjacency: Adjacency) -> float:
     interval = _interval(mu, sampled)
     if interval > _WIDEST:
         return math.inf

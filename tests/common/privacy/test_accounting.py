@@ -73,6 +73,14 @@ def _price_independently(events: Sequence[Event], delta: float = DELTA) -> float
 # Numbers known beforehand.
 
 
+def test_sites_that_spend_alike_are_priced_once() -> None:
+    spent = [Event(1.234, 0.2, 5), Event(2.345, 0.1), Event(1.234, 0.2, 5)]
+    first, before = epsilon(spent, DELTA), accounting._sampled.cache_info()
+    assert epsilon(spent[::-1], DELTA) == first
+    after = accounting._sampled.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+
+
 @pytest.mark.parametrize(
     ("event", "expected"),
     [(Event(5.0, steps=100), 9.997), (Event(10.0, steps=50), 2.943)],
