@@ -217,6 +217,7 @@ class Uneven(FrozenBackbone):
         values[:, 1] += 3e-7 * len(mask)
         values[:, 2] += 2e-7 * mask.shape[1]
         values[:, 3] += 5e-6 * bool(mask.all())
+        values[:, 4] += 3e-6 * torch.get_num_threads()
         return values
 
 
