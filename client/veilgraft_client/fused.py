@@ -9,7 +9,7 @@ before any gradient is formed, and the clipped sum is one matrix product.
 
 Guarantee: that of `training`. What has to be a unit's own to the last bit is δ, and with it the
 layers' outputs: they are `exact.product`s, of activations that are cut to 24 bits, and functions
-that torch computes alike for every row. So are the Gram matrices. All else is within the
+that NumPy and torch compute alike for every row. So are the Gram matrices. All else is within the
 mechanism's slack:
 
 - A norm is off by a few roundings, relatively; of several instances, of the *sum* of their norms,
@@ -22,6 +22,8 @@ mechanism's slack:
 No number here overflows: activations and gradients beyond `BOUND`, or that are no numbers, make
 their own unit count for nothing, as in the mechanism's table, and weights can't grow so far. A sum
 that turned into NaN over one unit would be refused, and a refusal tells.
+
+In NumPy, on the CPU: a call takes a third of the time of one of torch's, and a step is sixty.
 """
 
 import math
