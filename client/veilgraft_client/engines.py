@@ -1,6 +1,5 @@
 """Which engine trains a site's head: the fused one, or Opacus, the reference."""
 
-import ctypes
 import os
 from functools import cache
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -15,9 +14,6 @@ if TYPE_CHECKING:
     from veilgraft_client.training import Trainer
 
 Engine: TypeAlias = Literal["auto", "opacus", "fused"]
-
-# From glibc's malloc.h; other C libraries have no `mallopt`.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 AUTO = "VEILGRAFT_ENGINE"
 """Environment variable: what `auto` stands for, to run everything under one engine."""
@@ -47,15 +43,5 @@ def trainer(
 
 @cache
 def _settle() -> None:
-    """Set this process up for very many small products.
-
-    They are too small for threads of their own, which would take longer to meet than to work. And
-    glibc is to keep what is freed, up to 256 MiB: a round frees megabytes, and the next takes as
-    many. By default each went back to the kernel and came again as fresh, zeroed pages, a third of
-    a run's time.
-    """
+    """Keep products on one thread: they are so small that several would take longer to meet."""
     threadpool_limits(1, "blas")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**25)
-        mallopt(_M_TRIM_THRESHOLD, 2**28)
