@@ -1,7 +1,7 @@
-"""One simulated federation: real apps, real vaults and ledgers, on one of two engines.
+"""One simulated federation: real coordinator, vaults and ledgers, on one of two engines.
 
-`inprocess` calls the client app directly, one process; `ray` is Flower's own engine, for many
-cores or a cluster. Both run the same messages through the same code.
+`inprocess` asks the vaults directly, one process; `ray` is Flower's own engine, for many cores or
+a cluster. Both run the same questions and answers through the same code.
 """
 
 import contextlib
@@ -20,20 +20,21 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context
 
-from veilgraft import messages
 from veilgraft.chain import ChainError
+from veilgraft.messages import Envelope
 from veilgraft.study import Study
 from veilgraft_client.app import client_app
 from veilgraft_client.ledger import Ledger
 from veilgraft_client.release import answers
 from veilgraft_client.vault import Vault
-from veilgraft_deploy.inprocess import FIRST_NODE, InProcessGrid
+from veilgraft_deploy.inprocess import InProcess
 from veilgraft_deploy.population import Population
 from veilgraft_deploy.progress import Silent, Watcher, noted
 from veilgraft_server import checkpoint, evaluation
 from veilgraft_server.app import Job, public_generator, server_app
+from veilgraft_server.app import run as conduct
 from veilgraft_server.checkpoint import Progress, Round
 
 SWITCH_SECONDS = 1e-5
@@ -168,21 +169,18 @@ def _in_process(run: Run, job: Job, population: Population) -> None:
         for vault in vaults:
             vault.approve(run.study)
 
-    def answer(asked: Sequence[Message]) -> list[Message]:
+    def answer(asked: Sequence[tuple[int, Envelope]]) -> Sequence[Envelope]:
         nonlocal gone
-        ledger.let_go(gone, settled)
-        gone = settled
-        nodes = [vaults[each.metadata.dst_node_id - FIRST_NODE] for each in asked]
-        envelopes = [messages.from_record(each.content) for each in asked]
-        found = answers(list(zip(nodes, envelopes, strict=True)))
-        records = map(messages.to_record, found)
-        return [Message(r, reply_to=each) for r, each in zip(records, asked, strict=True)]
+        # One synced transaction for all of them, which ends before they leave.
+        with ledger.transaction():
+            if gone < settled:
+                ledger.let_go(gone, settled)
+                gone = settled
+            return answers([(vaults[node], envelope) for node, envelope in asked])
 
-    # One synced transaction a round: answers leave the grid only after it has ended.
-    grid = InProcessGrid(answer, len(vaults), ledger.transaction)
     _hold_memory()
     with _one_thread():
-        server_app(replace(job, tell=tell))(grid, grid.context)
+        conduct(replace(job, tell=tell), InProcess(answer, len(vaults)))
     ledger.close()
 
 

@@ -25,6 +25,7 @@ from veilgraft.plan import Plan, plan
 from veilgraft.study import Kind, Study
 from veilgraft_server import checkpoint, evaluation, rounds
 from veilgraft_server.aggregation import largest_norm, validated
+from veilgraft_server.carrier import Carrier, Flower
 from veilgraft_server.checkpoint import Drop, Progress, Round
 from veilgraft_server.post import REFUSED, Asked, Post
 from veilgraft_server.sites import Sites
@@ -90,12 +91,12 @@ def server_app(job: Job) -> ServerApp:
 
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
-        run(job, grid)
+        run(job, Flower(grid))
 
     return app
 
 
-def run(job: Job, grid: Grid) -> Sites:
+def run(job: Job, carrier: Carrier) -> Sites:
     """Run all rounds that the checkpoint does not yet hold; return the sites as they then stand.
 
     Raises:
@@ -107,7 +108,7 @@ def run(job: Job, grid: Grid) -> Sites:
     else:
         progress = Progress(rounds.init(study, job.dim, job.generator))
         _keep(job, progress)
-    sites = Sites(study, job.run, Post(grid, job.key, job.sender), job.backbone, job.meet)
+    sites = Sites(study, job.run, Post(carrier, job.key, job.sender), job.backbone, job.meet)
     last = study.training.rounds
     if progress.state.round < last:
         sites.wait(study.aggregation.timeout if job.patience is None else job.patience)

@@ -26,6 +26,7 @@ from veilgraft.model.backbone import FrozenBackbone
 from veilgraft.model.features import Features
 from veilgraft.study import Study
 from veilgraft_server import app, checkpoint, evaluation, report, rounds
+from veilgraft_server.carrier import Flower
 from veilgraft_server.checkpoint import Round
 from veilgraft_server.folder import Folder, Settings
 from veilgraft_server.metrics import Status
@@ -80,7 +81,7 @@ def _conduct(place: Folder, run: str, grid: Grid, events: EventLog) -> None:
         meet=lambda here: _meet(place, here),
     )
     _status(place, "waiting", 0)
-    sites = app.run(job, grid)
+    sites = app.run(job, Flower(grid))
     _finish(place, study, time.perf_counter() - began)
     _status(place, "finished", len(sites.ready))
     events.note("finished", rounds=study.training.rounds, exit_code=0)

@@ -6,25 +6,17 @@ asked again, with a new nonce: sites answer the same question with the same byte
 costs no privacy. A site that stays away is waited for only so long as it seems to be there.
 """
 
-import logging
 import secrets
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Generic, TypeVar, cast
-
-import httpx
-from flwr.app import Message
-from flwr.serverapp import Grid
+from typing import Generic, TypeVar
 
 from veilgraft import messages
 from veilgraft.errors import MessageError
 from veilgraft.identity import PublicKey, SigningKey
 from veilgraft.messages import Envelope, Hello, Question, Refused, Reply
-
-log = logging.getLogger(__name__)
+from veilgraft_server.carrier import Answer, Carrier, Letter, LostError, MissingError
 
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 3.0
@@ -61,10 +53,6 @@ Name = TypeVar("Name")
 Checked = TypeVar("Checked")
 Check = Callable[[Reply, bytes], Checked]
 """Takes an answer and its payload; raises `MessageError` where it does not count."""
-
-
-class _MissingError(MessageError):
-    """No answer of the site's came, though one may yet."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +104,11 @@ class Post:
         sender: finds the name and the key of the site behind a node; None where it is unknown.
     """
 
-    grid: Grid
+    carrier: Carrier
     key: SigningKey | None = None
     sender: Callable[[int], tuple[str, PublicKey] | None] = lambda _: None
     _seen: dict[int, float] = field(default_factory=dict)
     """When each node was there last: one that has left holds up one round, and no further one."""
-    _apart: threading.Event = field(default_factory=threading.Event)
 
     def ask(
         self,
@@ -144,10 +131,10 @@ class Post:
         deadline = began + timeout
         while waiting and time.monotonic() < deadline:
             ids |= self._send(waiting, deadline)
-            for reply in self._pulled(ids, waiting):
-                name = ids.pop(reply.metadata.reply_to_message_id, None)
+            for id_, answer in self._fetched(ids, waiting):
+                name = ids.pop(id_, None)
                 if name is not None and name in waiting:
-                    self._take(name, reply, waiting, check, answers)
+                    self._take(name, answer, waiting, check, answers)
             if time.monotonic() - looked > LOOK_SECONDS:
                 looked = time.monotonic()
                 self._look(waiting, answers)
@@ -158,58 +145,38 @@ class Post:
         answers.failed.update({name: each.reason for name, each in waiting.items()})
         return answers
 
-    def _pulled(self, ids: dict[str, Name], waiting: Mapping[Name, _Waiting]) -> list[Message]:
-        """Return the answers that have come.
-
-        What a site sent may be no message at all. Flower raises over it, and forgets what it took
-        with it: that is asked again, and from then on each answer is fetched on its own.
-        """
-        if not self._apart.is_set():
-            try:
-                return list(self.grid.pull_messages(list(ids)))
-            except httpx.HTTPError:
-                raise
-            except Exception:
-                log.exception("an answer is no message")
-                self._apart.set()
-                for each in waiting.values():
-                    each.due = min(each.due, time.monotonic() + PAUSE_SECONDS)
-        return [reply for id_ in list(ids) for reply in self._one(id_, ids)]
-
-    def _one(self, id_: str, ids: dict[str, Name]) -> list[Message]:
+    def _fetched(
+        self, ids: Mapping[str, Name], waiting: Mapping[Name, _Waiting]
+    ) -> Iterator[tuple[str, Answer]]:
         try:
-            return list(self.grid.pull_messages([id_]))
-        except httpx.HTTPError:
-            raise
-        except Exception:
-            log.exception("%s: its answer is no message", ids.pop(id_))
-            return []
+            yield from self.carrier.fetch(list(ids))
+        except LostError:
+            for each in waiting.values():
+                each.due = min(each.due, time.monotonic() + PAUSE_SECONDS)
 
     def nodes(self) -> list[int]:
         """Return the nodes that are there."""
-        return sorted(self.grid.get_node_ids())
+        return sorted(self.carrier.there())
 
     def _send(self, waiting: Mapping[Name, _Waiting], deadline: float) -> dict[str, Name]:
         now = time.monotonic()
         due = [name for name, each in waiting.items() if each.due <= now]
         if not due:
             return {}
-        outgoing = [self._message(waiting[name], deadline - now) for name in due]
+        letters = [self._letter(waiting[name], deadline - now) for name in due]
         for name in due:
             waiting[name].asked_at = time.time()
             waiting[name].due = now + RESEND_SECONDS * waiting[name].patience
-        ids = self.grid.push_messages(outgoing)
+        ids = self.carrier.send(letters)
         return {id_: name for id_, name in zip(ids, due, strict=True) if id_}
 
-    def _message(self, waiting: _Waiting, seconds: float) -> Message:
+    def _letter(self, waiting: _Waiting, seconds: float) -> Letter:
         asked = waiting.asked
         waiting.attempt += 1
         question = asked.question.model_copy(update={"attempt": waiting.attempt})
         envelope = self._sealed(question, asked.payload, min(seconds, VALID_SECONDS))
         waiting.sent.add(messages.digest(envelope.header))
-        record = messages.to_record(envelope)
-        ttl = max(1.0, seconds)
-        return Message(record, asked.node, asked.type, ttl=ttl, group_id=asked.group)
+        return Letter(asked.node, envelope, asked.type, asked.group, seconds)
 
     def _sealed(self, question: Question, payload: bytes, seconds: float) -> Envelope:
         if self.key is None:
@@ -225,15 +192,15 @@ class Post:
     def _take(
         self,
         name: Name,
-        message: Message,
+        answer: Answer,
         waiting: dict[Name, _Waiting],
         check: Check[Checked],
         answers: Answers[Name, Checked],
     ) -> None:
         each = waiting[name]
         try:
-            answers.valid[name] = check(*self._opened(message, each))
-        except _MissingError as error:
+            answers.valid[name] = check(*self._opened(answer, each))
+        except MissingError as error:
             each.reason = str(error)
             if self.key is not None:
                 each.due = min(each.due, time.monotonic() + PAUSE_SECONDS * each.patience)
@@ -243,11 +210,11 @@ class Post:
             answers.failed[name] = str(error)
         del waiting[name]
 
-    def _opened(self, message: Message, waiting: _Waiting) -> tuple[Reply, bytes]:
+    def _opened(self, came: Answer, waiting: _Waiting) -> tuple[Reply, bytes]:
         """Return an answer that is the site's own, to what it was asked."""
-        if message.has_error():
-            raise _MissingError(f"Flower error {message.error.code}")
-        envelope = messages.from_record(message.content)
+        if isinstance(came, MessageError):
+            raise came
+        envelope = came
         answer = messages.decode_answer(envelope.header)
         if self.key is not None:
             self._verify(waiting.asked.node, envelope, answer)
@@ -267,14 +234,14 @@ class Post:
         if known is None:
             raise MessageError("the registry knows no site behind this node")
         if not envelope.signature:
-            raise _MissingError("no answer from the site's vault")
+            raise MissingError("no answer from the site's vault")
         site, key = known
         key.verify("answer", envelope.header, envelope.signature)
         if answer.site != site:
             raise MessageError("the header names another site")
 
     def _look(self, waiting: dict[Name, _Waiting], answers: Answers[Name, Checked]) -> None:
-        now, there = time.monotonic(), self._started()
+        now, there = time.monotonic(), self.carrier.there()
         for name, each in list(waiting.items()):
             seen = self._seen.setdefault(each.asked.node, now)
             if each.asked.node in there:
@@ -284,15 +251,3 @@ class Post:
             elif now - seen > AWAY_SECONDS:
                 answers.failed[name] = f"away: {each.reason}"
                 del waiting[name]
-
-    def _started(self) -> dict[int, float]:
-        """Return the nodes that are there, and when each started; seconds since 1970."""
-        if self.key is None:
-            return dict.fromkeys(self.nodes(), 0.0)
-        # Of the network's grid alone; it tells more of a node than its id.
-        infos = cast(Any, self.grid).get_nodes()
-        return {info.node_id: _seconds(info.last_activated_at) for info in infos}
-
-
-def _seconds(stamp: str) -> float:
-    return datetime.fromisoformat(stamp).timestamp() if stamp else 0.0

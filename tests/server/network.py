@@ -10,12 +10,13 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from tests.client.gated import Party, party
+from tests.server.grid import FIRST_NODE, LocalGrid
 
 from veilgraft import messages
 from veilgraft.identity import PublicKey, SigningKey
 from veilgraft.messages import Envelope
 from veilgraft_client.app import client_app
-from veilgraft_deploy.inprocess import FIRST_NODE, InProcessGrid, one_by_one
+from veilgraft_server.carrier import Flower
 from veilgraft_server.post import Post
 
 Middle = Callable[[int, Envelope, Callable[[Envelope], Envelope]], Envelope | None]
@@ -39,18 +40,18 @@ class Network:
 
     @property
     def post(self) -> Post:
-        return Post(self.grid, self.key, self.known.get)
+        return Post(Flower(self.grid), self.key, self.known.get)
 
     def kinds(self, node: int) -> list[str]:
         """Return what a node was asked, in order."""
         return [asked.kind for to, asked in self.seen if to == node]
 
 
-class Wire(InProcessGrid):
-    """The in-process grid with ids of its own for each message, and nodes that come and go."""
+class Wire(LocalGrid):
+    """The local grid with ids of its own for each message, and nodes that come and go."""
 
     def __init__(self, app: ClientApp, nodes: int) -> None:
-        super().__init__(one_by_one(app, nodes), nodes, contextlib.nullcontext)
+        super().__init__(app, nodes)
         self.there = set(super().get_node_ids())
         self.count = 0
 
@@ -73,7 +74,7 @@ class Wire(InProcessGrid):
             return None
         message.metadata.__dict__["_message_id"] = identifier
         with contextlib.suppress(_LostError):
-            (self._replies[identifier],) = self._answers([message])
+            self._replies[identifier] = self.answered(message)
         return identifier
 
 

@@ -1,6 +1,5 @@
 """The coordinator's app against sites that answer well, badly, wrongly or not at all."""
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ import numpy as np
 import pytest
 from flwr.app import Message
 from flwr.clientapp import ClientApp
+from tests.server.grid import LocalGrid
 
 from veilgraft import messages
 from veilgraft.errors import QuorumError, Refusal
 from veilgraft.messages import Envelope, Here, Refused, Release, Request
 from veilgraft.model.score import Score
 from veilgraft.study import Study
-from veilgraft_deploy.inprocess import InProcessGrid, one_by_one
 from veilgraft_server import checkpoint
 from veilgraft_server.app import Job, server_app
 from veilgraft_server.checkpoint import Round
@@ -104,9 +103,7 @@ def run(
         evaluate=lambda _: None if accuracy is None else Score(accuracy, 1.0, 10),
         tell=told.append,
     )
-    grid = InProcessGrid(
-        one_by_one(sites(*answers), len(answers)), len(answers), contextlib.nullcontext
-    )
+    grid = LocalGrid(sites(*answers), len(answers))
     server_app(job)(grid, grid.context)
     return told
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flwr.app import MessageType
 from tests.client.gated import DIM, study
+from tests.server.grid import FIRST_NODE
 from tests.server.network import Network, network
 
 from veilgraft import messages
@@ -18,7 +19,6 @@ from veilgraft.errors import MessageError, Refusal
 from veilgraft.identity import SigningKey
 from veilgraft.messages import Envelope, Refused, Release, Reply, Request
 from veilgraft.model import head as heads
-from veilgraft_deploy.inprocess import FIRST_NODE
 from veilgraft_server import post as posts
 from veilgraft_server.post import Answers, Asked
 
@@ -298,7 +298,5 @@ def test_a_record_of_no_known_form_does_not_count(
 
     with network(tmp_path, "a") as net:
         foreign = RecordDict({"header": ConfigRecord({"bytes": [1.0]})})
-        monkeypatch.setattr(
-            net.grid, "_answers", lambda asked: [Message(foreign, reply_to=m) for m in asked]
-        )
+        monkeypatch.setattr(net.grid, "answered", lambda asked: Message(foreign, reply_to=asked))
         assert "expected a record" in ask(net).failed["a"]

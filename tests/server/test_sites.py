@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from tests.client.gated import BACKBONE, DIGEST, study
+from tests.server.grid import FIRST_NODE
 from tests.server.network import Network, network
 
 from veilgraft import messages
 from veilgraft.errors import QuorumError
 from veilgraft.messages import Envelope, Here, Wanted
 from veilgraft.study import Study
-from veilgraft_deploy.inprocess import FIRST_NODE
 from veilgraft_server import distribution
 from veilgraft_server import post as posts
 from veilgraft_server import sites as greeting

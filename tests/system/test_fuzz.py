@@ -58,6 +58,7 @@ from veilgraft_client.service import Service
 from veilgraft_client.studies import Studies
 from veilgraft_deploy import launch, pidfile, supervisor
 from veilgraft_server import fleet
+from veilgraft_server.carrier import Flower
 from veilgraft_server.edge import ENROL, Edge, Settings, route
 from veilgraft_server.folder import Settings as CoordinatorSettings
 from veilgraft_server.post import Asked, Post
@@ -682,7 +683,7 @@ def test_a_reply_that_is_no_message_costs_the_coordinator_nothing(tmp_path: Path
         grid.set_run(state.get_run_info(run_ids=[run])[0])
         hello = messages.Hello(study=CONTRACT.digest, run="r")
         asked = Asked(member.node_id, hello, b"", "query", "g")
-        post = Post(grid, SigningKey.generate())
+        post = Post(Flower(grid), SigningKey.generate())
         with contextlib.closing(grid), ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(post.ask, {"a": asked}, _never, 12.0)
             _answer_with(member, run, ConfigRecord({"no": "message"}))
