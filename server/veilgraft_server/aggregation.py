@@ -5,7 +5,8 @@ count that a site reports would let it take the average over.
 """
 
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -56,16 +57,38 @@ def largest_norm(study: Study, kind: Kind, shapes: Mapping[str, tuple[int, ...]]
     return step * steps / training.sample_rate
 
 
-def fedavg(study: Study, updates: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
-    """Return the weighted mean of the sites' updates, summed in the order of the sites' names.
+class Average:
+    """The weighted mean of the sites' updates, which are added as they come and then forgotten.
 
-    The weights of those that answered are scaled to sum to one.
+    They are summed in the order of the sites' names, so that the same updates give the same mean
+    to the last bit: one that comes before its turn is held until then. The weights of those that
+    came are scaled to sum to one.
+
+    Args:
+        sites: those that were asked.
     """
-    named = study.aggregation.weights
-    weights = {site: named[site] if named else 1.0 for site in sorted(updates)}
-    total = sum(weights.values())
-    first = next(iter(updates.values()))
-    return {
-        name: np.sum([updates[site][name] * (w / total) for site, w in weights.items()], axis=0)
-        for name in first
-    }
+
+    def __init__(self, study: Study, sites: Iterable[str]) -> None:
+        self._weights = study.aggregation.weights
+        self._due = deque(sorted(sites))
+        self._held: dict[str, Arrays] = {}
+        self._sum: dict[str, np.ndarray] = {}
+        self._total = 0.0
+
+    def add(self, site: str, update: Arrays) -> None:
+        """Add one site's validated update."""
+        self._held[site] = update
+        while self._due and self._due[0] in self._held:
+            self._sum_up(self._due.popleft())
+
+    def mean(self) -> dict[str, np.ndarray]:
+        """Return the mean of all that came; nothing can be added after it."""
+        for site in sorted(self._held):
+            self._sum_up(site)
+        return {name: total / self._total for name, total in self._sum.items()}
+
+    def _sum_up(self, site: str) -> None:
+        weight = self._weights[site] if self._weights else 1.0
+        self._total += weight
+        for name, array in self._held.pop(site).items():
+            self._sum[name] = self._sum.get(name, 0.0) + weight * array

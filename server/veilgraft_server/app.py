@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from flwr.app import Context, MessageType
@@ -24,13 +25,15 @@ from veilgraft.model.score import Score
 from veilgraft.plan import Plan, plan
 from veilgraft.study import Kind, Study
 from veilgraft_server import checkpoint, evaluation, rounds
-from veilgraft_server.aggregation import largest_norm, validated
+from veilgraft_server.aggregation import Average, largest_norm, validated
 from veilgraft_server.carrier import Carrier, Flower
 from veilgraft_server.checkpoint import Drop, Progress, Round
 from veilgraft_server.post import REFUSED, Asked, Post
 from veilgraft_server.sites import Sites
 
 log = logging.getLogger(__name__)
+
+Taken = TypeVar("Taken")
 
 _MESSAGE_TYPES: dict[Kind, str] = {
     "update": MessageType.TRAIN,
@@ -132,9 +135,10 @@ def _round(job: Job, sites: Sites, progress: Progress) -> Progress:
     """Return where one more round leads."""
     study, state, started = job.study, progress.state, time.perf_counter()
     rate = rounds.rate(study, state)
-    updates, drops = _ask(job, sites, "update", state.round + 1, state.head, rate)
-    _require_quorum(job, state.round + 1, updates, drops)
-    state = rounds.apply(study, state, updates)
+    average = Average(study, sites.ready.values())
+    added, drops = _ask(job, sites, "update", state.round + 1, state.head, average.add, rate)
+    _require_quorum(job, state.round + 1, len(added), drops)
+    state = rounds.apply(study, state, average.mean())
     score = _score(job, sites, state)
     state = rounds.observe(study, state, score.accuracy if score else None)
     low, high = (score.interval if score else None) or (None, None)
@@ -145,7 +149,7 @@ def _round(job: Job, sites: Sites, progress: Progress) -> Progress:
         low=low,
         high=high,
         epsilon=job.plan.epsilon(state.round),
-        sites=len(updates),
+        sites=len(added),
         dropped=len(drops),
         seconds=time.perf_counter() - started,
         drops=tuple(drops),
@@ -160,30 +164,43 @@ def _score(job: Job, sites: Sites, state: rounds.State) -> Score | None:
         return job.evaluate(model)
     if state.round not in job.plan.evaluated:
         return None
-    found, _ = _ask(job, sites, "evaluation", state.round, model)
-    sums = [arrays[releases.SUMS] for arrays in found.values()]
+    sums, _ = _ask(job, sites, "evaluation", state.round, model, _sums)
     deviation = releases.deviation(job.study, "evaluation")
-    return evaluation.estimate(sums, deviation, private.loss_bound)
+    return evaluation.estimate(list(sums.values()), deviation, private.loss_bound)
 
 
 def _label_counts(job: Job, sites: Sites) -> dict[str, list[float]]:
-    found, _ = _ask(job, sites, "label-counts", 0, {})
-    return {site: arrays[releases.SUMS].tolist() for site, arrays in sorted(found.items())}
+    counts, _ = _ask(job, sites, "label-counts", 0, {}, _sums)
+    return {site: counted.tolist() for site, counted in sorted(counts.items())}
+
+
+def _sums(_: str, arrays: Arrays) -> np.ndarray:
+    return arrays[releases.SUMS]
 
 
 def _ask(
-    job: Job, sites: Sites, kind: Kind, round_: int, head: Arrays, rate: float = 0.0
-) -> tuple[dict[str, Arrays], list[Drop]]:
-    """Ask every site for one release; return the valid ones, and why others did not count."""
+    job: Job,
+    sites: Sites,
+    kind: Kind,
+    round_: int,
+    head: Arrays,
+    take: Callable[[str, Arrays], Taken],
+    rate: float = 0.0,
+) -> tuple[dict[str, Taken], list[Drop]]:
+    """Ask every site for one release; return what was taken, and why others did not count.
+
+    Args:
+        take: makes of a site's valid arrays, when they come, what is kept of them.
+    """
     payload = messages.pack(head)
     digest = messages.digest(payload)
     shapes = releases.shapes(job.study, kind, job.dim)
     max_norm = largest_norm(job.study, kind, shapes)
 
-    def check(reply: Reply, released: bytes) -> Arrays:
+    def check(reply: Reply, released: bytes) -> Taken:
         if not isinstance(reply, Release):
             raise MessageError("expected a release")
-        return validated(released, shapes, max_norm)
+        return take(reply.site, validated(released, shapes, max_norm))
 
     def asked(node: int, site: str) -> Asked:
         request = Request(
@@ -197,10 +214,11 @@ def _ask(
         )
         return Asked(node, request, payload, _MESSAGE_TYPES[kind], str(round_))
 
-    named = dict(sites.ready)
+    # In the order in which updates are averaged: who answers in it has none of them held back.
+    named = dict(sorted(sites.ready.items(), key=lambda item: item[1]))
     questions = {node: asked(node, site) for node, site in named.items()}
     answers = sites.post.ask(questions, check, job.study.aggregation.timeout)
-    found = {named[node]: arrays for node, arrays in answers.valid.items()}
+    found = {named[node]: taken for node, taken in answers.valid.items()}
     drops = [Drop(named[node], reason) for node, reason in answers.failed.items()]
     for drop in drops:
         log.warning("%s: %s dropped: %s", drop.site, kind, drop.reason)
@@ -210,12 +228,12 @@ def _ask(
     return found, sorted(drops, key=lambda drop: drop.site)
 
 
-def _require_quorum(job: Job, round_: int, updates: dict[str, Arrays], drops: list[Drop]) -> None:
+def _require_quorum(job: Job, round_: int, valid: int, drops: list[Drop]) -> None:
     quorum = job.study.aggregation.quorum
-    if len(updates) < quorum:
+    if valid < quorum:
         reasons = "; ".join(f"{drop.site}: {drop.reason}" for drop in drops[:5])
         raise QuorumError(
-            f"round {round_}: {len(updates)} valid releases, aggregation.quorum is {quorum} "
+            f"round {round_}: {valid} valid releases, aggregation.quorum is {quorum} "
             f"({reasons})"
             + (f"; the rounds before are kept in {job.checkpoint.name}" if job.checkpoint else "")
         )

@@ -1,4 +1,4 @@
-"""A study's rounds as plain data: `state = init(…)`, `state = apply(study, state, updates)`.
+"""A study's rounds as plain data: `state = init(…)`, `state = apply(study, state, mean)`.
 
 Where sites take local steps (`dp-sgd`), the mean of their head changes is added (FedAvg). Where
 they send one gradient (`dp-gd`), the coordinator steps along the mean gradient with heavy-ball
@@ -6,7 +6,6 @@ momentum (Polyak 1964), and the model is the mean of the last half of the iterat
 Juditsky 1992): all of it post-processing of what was released.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +13,6 @@ import numpy as np
 from veilgraft.model import head as heads
 from veilgraft.model.head import Arrays
 from veilgraft.study import Study
-from veilgraft_server.aggregation import fedavg
 
 
 @dataclass(frozen=True)
@@ -51,15 +49,14 @@ def rate(study: Study, state: State) -> float:
     return study.learning_rate(state.round + 1) * state.factor
 
 
-def apply(study: Study, state: State, updates: Mapping[str, Arrays]) -> State:
-    """Return the state after one more round, given each site's validated update."""
-    mean_update = fedavg(study, updates)
+def apply(study: Study, state: State, mean: Arrays) -> State:
+    """Return the state after one more round, given the mean of the sites' validated updates."""
     velocity = state.velocity
     if study.training.sampled:
-        head = {name: value + mean_update[name] for name, value in state.head.items()}
+        head = {name: value + mean[name] for name, value in state.head.items()}
     else:
         momentum, step = study.training.momentum, rate(study, state)
-        velocity = {k: momentum * v + mean_update[k] for k, v in state.velocity.items()}
+        velocity = {k: momentum * v + mean[k] for k, v in state.velocity.items()}
         head = {name: value - step * velocity[name] for name, value in state.head.items()}
     after = replace(state, round=state.round + 1, head=head, velocity=velocity)
     return _averaged(study, after)

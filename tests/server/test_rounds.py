@@ -1,6 +1,7 @@
 """A study's rounds, with numbers that one can check by hand."""
 
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from veilgraft import messages
 from veilgraft.errors import InputError, MessageError
 from veilgraft.study import Study
 from veilgraft_server import checkpoint, rounds
-from veilgraft_server.aggregation import fedavg, largest_norm, validated
+from veilgraft_server.aggregation import Average, largest_norm, validated
 from veilgraft_server.checkpoint import Drop, Progress, Round
 
 
@@ -40,6 +41,13 @@ def start(contract: Study) -> rounds.State:
     return rounds.init(contract, 1, np.random.default_rng(0))
 
 
+def averaged(contract: Study, updates: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    average = Average(contract, updates)
+    for site, update in updates.items():
+        average.add(site, update)
+    return average.mean()
+
+
 def weight(head: Any) -> float:
     return float(head["linear0.weight"][0, 0])
 
@@ -49,7 +57,9 @@ def test_a_linear_head_starts_at_zero() -> None:
 
 
 def test_gradients_are_averaged_and_stepped_along() -> None:
-    after = rounds.apply(study(), start(study()), {"a": filled(1.0), "b": filled(3.0)})
+    after = rounds.apply(
+        study(), start(study()), averaged(study(), {"a": filled(1.0), "b": filled(3.0)})
+    )
     assert weight(after.head) == -0.5 * 2.0
     assert after.round == 1
 
@@ -58,13 +68,15 @@ def test_momentum_adds_a_share_of_the_last_step() -> None:
     contract = study(momentum=0.5)
     state = start(contract)
     for _ in range(2):
-        state = rounds.apply(contract, state, {"a": filled(1.0)})
+        state = rounds.apply(contract, state, filled(1.0))
     assert weight(state.head) == -0.5 * (1.0 + 1.5)
 
 
 def test_local_changes_are_averaged_and_added() -> None:
     contract = study("dp-sgd")
-    after = rounds.apply(contract, start(contract), {"a": filled(1.0), "b": filled(3.0)})
+    after = rounds.apply(
+        contract, start(contract), averaged(contract, {"a": filled(1.0), "b": filled(3.0)})
+    )
     assert weight(after.head) == 2.0
     assert weight(rounds.model(after)) == 2.0
 
@@ -73,7 +85,7 @@ def test_the_model_is_the_mean_of_the_last_half_of_the_iterates() -> None:
     contract = study()
     state, seen = start(contract), []
     for _ in range(4):
-        state = rounds.apply(contract, state, {"a": filled(1.0)})
+        state = rounds.apply(contract, state, filled(1.0))
         seen.append(weight(rounds.model(state)))
     assert seen == [-0.5, -1.0, -1.5, -1.75]
 
@@ -82,15 +94,29 @@ def test_named_weights_are_used_and_scaled_to_those_that_answered() -> None:
     values = study().model_dump()
     values["aggregation"]["weights"] = {"a": 1.0, "b": 3.0, "c": 96.0}
     named = Study.model_validate(values)
-    mean = fedavg(named, {"a": filled(0.0), "b": filled(1.0)})
-    assert weight(mean) == 0.75
+    assert weight(averaged(named, {"a": filled(0.0), "b": filled(1.0)})) == 0.75
 
 
-def test_the_order_of_the_answers_does_not_matter() -> None:
-    updates = {name: filled(0.1 * i + 1e-17) for i, name in enumerate("abcdefg")}
-    backwards = dict(reversed(updates.items()))
-    one, other = fedavg(study(), updates), fedavg(study(), backwards)
-    assert all(np.array_equal(one[name], other[name]) for name in one)
+def test_the_order_of_the_answers_does_not_matter_nor_who_is_missing() -> None:
+    updates = {name: filled(0.1 * i + 1e-17) for i, name in enumerate("abcdefgh")}
+    expected = averaged(study(), updates)
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(list(updates))
+        average = Average(study(), [*updates, "bb", "z"])
+        for site in order:
+            average.add(site, updates[site])
+        mean = average.mean()
+        assert all(np.array_equal(mean[name], expected[name]) for name in expected)
+
+
+def test_an_update_that_comes_in_its_turn_is_forgotten() -> None:
+    average = Average(study(), "abc")
+    for site in "ab":
+        update = filled(1.0)
+        there = weakref.ref(update["linear0.weight"])
+        average.add(site, update)
+        del update
+        assert there() is None
 
 
 def test_plateau_halves_the_rate_when_the_accuracy_does_not_rise() -> None:
@@ -122,7 +148,7 @@ def test_an_update_beyond_the_norm_bound_is_refused() -> None:
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Any) -> None:
     contract = study(momentum=0.5)
-    state = rounds.apply(contract, start(contract), {"a": filled(1.0)})
+    state = rounds.apply(contract, start(contract), filled(1.0))
     history = (Round(1, 0.5, 0.7, 1.0, 1, 1, 0.01, (Drop("b", "no answer"),)),)
     path = tmp_path / "checkpoint.safetensors"
     saved = Progress(state, history, {"a": [3.5, -0.25]})
@@ -130,8 +156,8 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Any) -> None:
     back = checkpoint.load(path, contract.digest)
     assert back.history == history
     assert back.labels == saved.labels
-    again = rounds.apply(contract, back.state, {"a": filled(1.0)})
-    expected = rounds.apply(contract, state, {"a": filled(1.0)})
+    again = rounds.apply(contract, back.state, filled(1.0))
+    expected = rounds.apply(contract, state, filled(1.0))
     assert weight(again.head) == weight(expected.head)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
