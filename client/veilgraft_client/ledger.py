@@ -14,7 +14,8 @@ the whole spend, and its δ adds: `life_delta` is the sum. That holds for a chan
 was the reason of.
 
 `transaction` makes several steps one synced write. Nothing may leave the process before the
-outermost transaction has ended: a simulation holds all sites' steps of a round in one.
+outermost transaction has ended: a simulation holds a round's steps of up to a thousand sites in
+one.
 """
 
 import hashlib
