@@ -19,12 +19,13 @@ one.
 """
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from veilgraft.chain import Chain, ChainError, Entry, Schema
 from veilgraft.errors import Refusal, RefusedError
@@ -49,6 +50,40 @@ CREATE UNIQUE INDEX one_grant ON entries (site, study) WHERE kind = 'grant';
 )
 _RESERVED = "SELECT * FROM entries WHERE kind = 'reserve' AND site = ? ORDER BY seq"
 _GRANTED = "SELECT * FROM entries WHERE kind = 'grant' AND site = ? ORDER BY seq"
+# Asked for many releases at once: around each statement SQLite hands Python's lock to others.
+_PAID = """
+SELECT asked.key, paid.seq, paid.body ->> 'head', payloads.bytes, EXISTS (
+    SELECT 1 FROM entries WHERE kind IN ('retry', 'commit') AND body ->> 'reservation' = +paid.seq
+)
+FROM json_each(?) AS asked CROSS JOIN entries AS paid ON paid.kind = 'reserve'
+    AND paid.site = asked.value ->> 0 AND paid.study = asked.value ->> 1
+    AND paid.body ->> 'release' = asked.value ->> 2 AND paid.body ->> 'round' = asked.value ->> 3
+LEFT JOIN entries AS done ON done.kind = 'commit' AND done.body ->> 'reservation' = +paid.seq
+LEFT JOIN payloads ON payloads.seq = done.seq
+ORDER BY paid.seq
+"""
+_SPENT = """
+SELECT granted.body -> 'releases', (
+    SELECT count(*) FROM entries WHERE kind = 'reserve' AND site = asked.value ->> 0
+    AND study = asked.value ->> 1 AND body ->> 'release' = asked.value ->> 2
+)
+FROM json_each(?) AS asked LEFT JOIN entries AS granted ON granted.kind = 'grant'
+    AND granted.site = asked.value ->> 0 AND granted.study = asked.value ->> 1
+ORDER BY asked.key
+"""
+_STORED = """
+SELECT paid.site, paid.study, paid.body ->> 'release' AS kind, paid.body ->> 'round' AS round, (
+    SELECT bytes FROM entries AS other CROSS JOIN entries AS done CROSS JOIN payloads
+    WHERE other.kind = 'reserve' AND other.site = paid.site AND other.study = paid.study
+    AND other.body ->> 'release' = paid.body ->> 'release'
+    AND other.body ->> 'round' = paid.body ->> 'round'
+    AND done.kind = 'commit' AND done.body ->> 'reservation' = +other.seq
+    AND payloads.seq = done.seq AND bytes != x''
+    ORDER BY other.seq LIMIT 1
+)
+FROM json_each(?) AS asked CROSS JOIN entries AS paid ON paid.seq = asked.value
+ORDER BY asked.key
+"""
 _UNCAPPED = 1e3
 """The cap for which a filter's orders are chosen where there is none."""
 
@@ -81,6 +116,22 @@ class Terms:
     delta: float
     held_out: float = 0.0
     unit: str = RECORD
+
+
+class _Paid(NamedTuple):
+    """A reservation: for which head, what was released, if anything, and whether it was tried."""
+
+    seq: int
+    head: str
+    released: bytes | None
+    followed: int
+
+
+class _Due(NamedTuple):
+    """An entry that is still to be written."""
+
+    kind: str
+    body: dict[str, Any]
 
 
 @dataclass
@@ -136,7 +187,7 @@ class Ledger:
         """
         count = self._chain.verify(anchor)
         for entry in self._chain.select("SELECT * FROM entries WHERE kind = 'commit' ORDER BY seq"):
-            stored = self._payload(entry.seq)
+            stored = self._chain.one("SELECT bytes FROM payloads WHERE seq = ?", entry.seq)
             if let_go and stored == b"":
                 continue
             if _sha256(stored) != entry.body["payload"]:
@@ -176,58 +227,59 @@ class Ledger:
                     Refusal.UNAVAILABLE, f"{site}: {study}: granted with another plan or size"
                 )
 
-    def reserve(self, key: Key) -> int | bytes:
-        """Pay for one release: the reservation, or the bytes if it was released before.
-
-        Raises:
-            RefusedError: no grant, nothing of it left, or the round was paid for another head.
-        """
-        (found,) = self.reserve_all([key])
-        if isinstance(found, RefusedError):
-            raise found
-        return found
-
     def reserve_all(self, keys: Sequence[Key]) -> list[int | bytes | RefusedError]:
-        """Do what `reserve` does for each key, in one write; an error stands for its key alone."""
+        """Pay for releases, in one write: of each the reservation, or the bytes of one before.
+
+        In the place of a release that is not to be had, its error: no grant, nothing of it left,
+        or the round was paid for another head.
+        """
+        found: dict[int, int | bytes | RefusedError] = {}
         with self.transaction():
-            return [self._reserved(key) for key in keys]
+            for places in _in_turn(keys):
+                found |= zip(places, self._reserved([keys[place] for place in places]), strict=True)
+        return [found[place] for place in range(len(keys))]
 
-    def _reserved(self, key: Key) -> int | bytes | RefusedError:
-        held = self._reservations(key)
-        for entry in held:
-            if entry.body["head"] != key.head:
-                return RefusedError(
-                    Refusal.ROUND_CONFLICT,
-                    f"{key.site}: round {key.round} was released for another head",
-                )
-            if payload := self._payload(self._commit(entry.seq)):
-                return payload
-        if held and not self._followed(held[-1].seq):
-            self._chain.append(key.site, key.study, "retry", {"reservation": held[-1].seq})
-            return held[-1].seq
-        return self._pay(key, attempt=len(held) + 1)
+    def _reserved(self, keys: Sequence[Key]) -> list[int | bytes | RefusedError]:
+        """Reserve for keys of which no two are of one site's study."""
+        asked = json.dumps([[key.site, key.study, key.release, key.round] for key in keys])
+        paid: list[list[_Paid]] = [[] for _ in keys]
+        for place, *facts in self._chain.rows(_PAID, asked):
+            paid[place].append(_Paid(*facts))
+        spent = self._chain.rows(_SPENT, asked)
+        found = [
+            _standing(key, held) or _due(key, held, *left)
+            for key, held, left in zip(keys, paid, spent, strict=True)
+        ]
+        due = {place: each for place, each in enumerate(found) if isinstance(each, _Due)}
+        entries = [(keys[place].site, keys[place].study, *each) for place, each in due.items()]
+        numbers = dict(zip(due, self._chain.extend(entries), strict=True))
+        return [
+            each if not isinstance(each, _Due) else each.body.get("reservation", numbers[place])
+            for place, each in enumerate(found)
+        ]
 
-    def commit(self, reservation: int, payload: bytes) -> bytes:
-        """Store a release's bytes before they are sent, and return what is to be sent.
+    def commit_all(self, releases: Sequence[tuple[int, bytes]]) -> list[bytes]:
+        """Store releases' bytes before they are sent, in one write; return what is to be sent.
 
         If another process committed the same key first, its bytes are returned.
         """
-        return self.commit_all([(reservation, payload)])[0]
-
-    def commit_all(self, releases: Sequence[tuple[int, bytes]]) -> list[bytes]:
-        """Do what `commit` does for each reservation and its bytes, in one write."""
         with self.transaction():
-            return [self._committed(*release) for release in releases]
-
-    def _committed(self, reservation: int, payload: bytes) -> bytes:
-        entry = self._chain.entry(reservation)
-        for held in self._reservations(_key(entry)):
-            if stored := self._payload(self._commit(held.seq)):
-                return stored
-        body = {"payload": _sha256(payload), "reservation": reservation}
-        seq = self._chain.append(entry.site, entry.study, "commit", body)
-        self._chain.rows("INSERT INTO payloads VALUES (?, ?)", seq, payload)
-        return payload
+            asked = json.dumps([reservation for reservation, _ in releases])
+            sent: dict[object, bytes] = {}
+            entries, payloads = [], []
+            found = self._chain.rows(_STORED, asked)
+            for (reservation, payload), (site, study, *of, stored) in zip(
+                releases, found, strict=True
+            ):
+                key = (site, study, *of)
+                if key not in sent and not stored:
+                    body = {"payload": _sha256(payload), "reservation": reservation}
+                    entries.append((site, study, "commit", body))
+                    payloads.append(payload)
+                sent.setdefault(key, stored or payload)
+            numbers = self._chain.extend(entries)
+            self._chain.insert("payloads", list(zip(numbers, payloads, strict=True)))
+            return [sent[tuple(row[:-1])] for row in found]
 
     def let_go(self, after: int, upto: int) -> None:
         """Forget the bytes of releases, by their entries' numbers, that nobody will ask for again.
@@ -344,33 +396,6 @@ class Ledger:
         cap = _UNCAPPED if terms.max_epsilon is None else terms.max_epsilon
         return LifeFilter.fixed(cap, terms.delta)
 
-    def _pay(self, key: Key, attempt: int) -> int | RefusedError:
-        grant = self._grant(key.site, key.study)
-        if grant is None:
-            return RefusedError(Refusal.STUDY_NOT_APPROVED, f"{key.site}: {key.study}: not granted")
-        granted = grant["releases"].get(key.release, {"count": 0, "event": None})
-        spent = self._chain.one(
-            "SELECT count(*) FROM entries WHERE kind = 'reserve' AND site = ? AND study = ?"
-            " AND body ->> 'release' = ?",
-            key.site,
-            key.study,
-            key.release,
-        )
-        if spent >= granted["count"]:
-            return RefusedError(
-                Refusal.UNAVAILABLE,
-                f"{key.site}: over budget: all {granted['count']} granted releases of kind "
-                f"{key.release} are spent",
-            )
-        body = {
-            "attempt": attempt,
-            "event": granted["event"],
-            "head": key.head,
-            "release": key.release,
-            "round": key.round,
-        }
-        return self._chain.append(key.site, key.study, "reserve", body)
-
     def _grant(self, site: str, study: str) -> dict[str, Any] | None:
         query = "SELECT * FROM entries WHERE kind = 'grant' AND site = ? AND study = ?"
         return next((entry.body for entry in self._chain.select(query, site, study)), None)
@@ -387,41 +412,55 @@ class Ledger:
         known.seq = last
         return list(known.bodies[site])
 
-    def _reservations(self, key: Key) -> list[Entry]:
-        query = (
-            "SELECT * FROM entries WHERE kind = 'reserve' AND site = ? AND study = ?"
-            " AND body ->> 'release' = ? AND body ->> 'round' = ? ORDER BY seq"
-        )
-        return list(self._chain.select(query, key.site, key.study, key.release, key.round))
-
-    def _followed(self, reservation: int) -> bool:
-        """Whether a reservation was computed once more, or committed."""
-        query = (
-            "SELECT seq FROM entries WHERE kind IN ('retry', 'commit')"
-            " AND body ->> 'reservation' = ?"
-        )
-        return self._chain.one(query, reservation) is not None
-
-    def _payload(self, commit: int | None) -> bytes | None:
-        """Return the bytes that were committed; None where there are none."""
-        if commit is None:
-            return None
-        found: bytes | None = self._chain.one("SELECT bytes FROM payloads WHERE seq = ?", commit)
-        return found
-
-    def _commit(self, reservation: int) -> int | None:
-        query = "SELECT seq FROM entries WHERE kind = 'commit' AND body ->> 'reservation' = ?"
-        found: int | None = self._chain.one(query, reservation)
-        return found
-
 
 def _sha256(stored: bytes | None) -> str | None:
     return None if stored is None else hashlib.sha256(stored).hexdigest()
 
 
-def _key(entry: Entry) -> Key:
-    body = entry.body
-    return Key(entry.site, entry.study, body["round"], body["head"], body["release"])
+def _in_turn(keys: Sequence[Key]) -> Iterable[list[int]]:
+    """Yield places of keys; what one of a site's study pays for counts before its next is asked."""
+    turns: dict[int, list[int]] = defaultdict(list)
+    seen: Counter[tuple[str, str]] = Counter()
+    for place, key in enumerate(keys):
+        turns[seen[key.site, key.study]].append(place)
+        seen[key.site, key.study] += 1
+    return turns.values()
+
+
+def _standing(key: Key, held: Sequence[_Paid]) -> bytes | RefusedError | None:
+    """Return what was released before, or why nothing may be."""
+    for each in held:
+        if each.head != key.head:
+            return RefusedError(
+                Refusal.ROUND_CONFLICT,
+                f"{key.site}: round {key.round} was released for another head",
+            )
+        if each.released:
+            return each.released
+    return None
+
+
+def _due(key: Key, held: Sequence[_Paid], releases: str | None, spent: int) -> _Due | RefusedError:
+    """Return the entry with which a release is paid for, or why it can't be."""
+    if held and not held[-1].followed:
+        return _Due("retry", {"reservation": held[-1].seq})
+    if releases is None:
+        return RefusedError(Refusal.STUDY_NOT_APPROVED, f"{key.site}: {key.study}: not granted")
+    granted = json.loads(releases).get(key.release, {"count": 0})
+    if spent >= granted["count"]:
+        return RefusedError(
+            Refusal.UNAVAILABLE,
+            f"{key.site}: over budget: all {granted['count']} granted releases of kind "
+            f"{key.release} are spent",
+        )
+    body = {
+        "attempt": len(held) + 1,
+        "event": granted["event"],
+        "head": key.head,
+        "release": key.release,
+        "round": key.round,
+    }
+    return _Due("reserve", body)
 
 
 def _releases(plan: Plan) -> dict[str, Any]:

@@ -5,17 +5,20 @@ import json
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from veilgraft.chain import ChainError
 from veilgraft.errors import Refusal, RefusedError
 from veilgraft.plan import Plan
 from veilgraft.privacy import accounting
 from veilgraft.privacy.accounting import Event
-from veilgraft_client.ledger import Key, Ledger, Terms
+from veilgraft_client.ledger import _PAID, _SPENT, _STORED, Key, Ledger, Terms
 
 STUDY = "sha256:" + "a" * 64
 OTHER = "sha256:" + "b" * 64
@@ -34,23 +37,35 @@ def ledger(tmp_path: Path) -> Ledger:
     return made
 
 
+def reserve(ledger: Ledger, name: Key) -> int | bytes:
+    (found,) = ledger.reserve_all([name])
+    if isinstance(found, RefusedError):
+        raise found
+    return found
+
+
+def commit(ledger: Ledger, reservation: int, payload: bytes) -> bytes:
+    (sent,) = ledger.commit_all([(reservation, payload)])
+    return sent
+
+
 def reserved(ledger: Ledger, name: Key) -> int:
-    reservation = ledger.reserve(name)
+    reservation = reserve(ledger, name)
     assert isinstance(reservation, int)
     return reservation
 
 
 def test_the_same_key_again_gives_the_stored_bytes_and_costs_nothing(ledger: Ledger) -> None:
-    ledger.commit(reserved(ledger, key()), b"noised")
+    commit(ledger, reserved(ledger, key()), b"noised")
     spent = ledger.epsilon("a", 1e-5)
-    assert ledger.reserve(key()) == b"noised"
+    assert reserve(ledger, key()) == b"noised"
     assert ledger.epsilon("a", 1e-5) == spent
 
 
 def test_the_same_round_with_another_head_is_refused(ledger: Ledger) -> None:
-    ledger.commit(reserved(ledger, key()), b"noised")
+    commit(ledger, reserved(ledger, key()), b"noised")
     with pytest.raises(RefusedError) as refusal:
-        ledger.reserve(key(head="h2"))
+        reserve(ledger, key(head="h2"))
     assert refusal.value.code == Refusal.ROUND_CONFLICT
     assert len(ledger.events("a")) == 1
 
@@ -68,33 +83,33 @@ def test_a_reservation_without_a_commit_may_be_computed_once_more_and_is_then_pa
 
 def test_only_the_first_commit_of_a_reservation_counts(ledger: Ledger) -> None:
     reservation = reserved(ledger, key())
-    assert ledger.commit(reservation, b"one") == b"one"
-    assert ledger.commit(reservation, b"two") == b"one"
+    assert commit(ledger, reservation, b"one") == b"one"
+    assert commit(ledger, reservation, b"two") == b"one"
 
 
 def test_a_key_that_was_paid_twice_still_has_one_release(ledger: Ledger) -> None:
     first = reserved(ledger, key())
     reserved(ledger, key())
     second = reserved(ledger, key())
-    assert ledger.commit(second, b"two") == b"two"
-    assert ledger.commit(first, b"one") == b"two"
-    assert ledger.reserve(key()) == b"two"
+    assert commit(ledger, second, b"two") == b"two"
+    assert commit(ledger, first, b"one") == b"two"
+    assert reserve(ledger, key()) == b"two"
 
 
 def test_nothing_beyond_the_granted_plan_can_be_spent(ledger: Ledger) -> None:
     for round_ in (1, 2, 3):
-        ledger.commit(reserved(ledger, key(round_)), b"noised")
+        commit(ledger, reserved(ledger, key(round_)), b"noised")
     with pytest.raises(
         RefusedError, match="all 3 granted releases of kind update are spent"
     ) as refusal:
-        ledger.reserve(key(4))
+        reserve(ledger, key(4))
     assert refusal.value.code == Refusal.UNAVAILABLE
     assert ledger.epsilon("a", 1e-5) == pytest.approx(accounting.epsilon([Event(4.0)] * 3, 1e-5))
 
 
 def test_a_release_without_a_grant_is_refused(ledger: Ledger) -> None:
     with pytest.raises(RefusedError) as refusal:
-        ledger.reserve(key(site="b"))
+        reserve(ledger, key(site="b"))
     assert refusal.value.code == Refusal.STUDY_NOT_APPROVED
 
 
@@ -131,7 +146,7 @@ def test_studies_granted_before_the_first_release_cost_what_they_cost_together(
 
 
 def test_a_study_chosen_after_a_release_is_priced_as_chosen_in_its_light(ledger: Ledger) -> None:
-    ledger.reserve(key())
+    reserve(ledger, key())
     ledger.grant("a", OTHER, PLAN, AMPLE, units=20)
     in_advance = accounting.epsilon([Event(4.0)] * 6, AMPLE.delta / 2)
     exact = accounting.epsilon([Event(4.0)] * 6, AMPLE.delta / 4)
@@ -169,7 +184,7 @@ def test_a_study_s_declared_size_can_not_change(ledger: Ledger) -> None:
 
 
 def test_what_a_further_study_would_cost_can_be_asked(ledger: Ledger) -> None:
-    ledger.reserve(key())
+    reserve(ledger, key())
     asked = ledger.life_epsilon("a", further=PLAN)
     before = list(ledger.entries())
     ledger.grant("a", OTHER, PLAN, AMPLE, units=20)
@@ -195,14 +210,14 @@ def test_each_kind_of_release_has_keys_and_a_plan_of_its_own(ledger: Ledger) -> 
         counted=True, label_counts=Event(20.0),
     )  # fmt: skip
     ledger.grant("a", OTHER, plan, AMPLE, units=20)
-    ledger.commit(reserved(ledger, Key("a", OTHER, 2, "h1")), b"update")
-    ledger.commit(reserved(ledger, Key("a", OTHER, 2, "h2", "evaluation")), b"evaluation")
-    ledger.commit(reserved(ledger, Key("a", OTHER, 0, "h0", "label-counts")), b"counts")
-    assert ledger.reserve(Key("a", OTHER, 2, "h2", "evaluation")) == b"evaluation"
+    commit(ledger, reserved(ledger, Key("a", OTHER, 2, "h1")), b"update")
+    commit(ledger, reserved(ledger, Key("a", OTHER, 2, "h2", "evaluation")), b"evaluation")
+    commit(ledger, reserved(ledger, Key("a", OTHER, 0, "h0", "label-counts")), b"counts")
+    assert reserve(ledger, Key("a", OTHER, 2, "h2", "evaluation")) == b"evaluation"
     with pytest.raises(RefusedError, match="all 1 granted releases of kind evaluation"):
-        ledger.reserve(Key("a", OTHER, 1, "h1", "evaluation"))
+        reserve(ledger, Key("a", OTHER, 1, "h1", "evaluation"))
     with pytest.raises(RefusedError, match="all 0 granted releases of kind evaluation"):
-        ledger.reserve(Key("a", STUDY, 1, "h1", "evaluation"))
+        reserve(ledger, Key("a", STUDY, 1, "h1", "evaluation"))
     assert ledger.events("a", OTHER) == [Event(4.0), Event(9.0), Event(20.0)]
     assert ledger.paid("a", OTHER) == 1
 
@@ -210,8 +225,71 @@ def test_each_kind_of_release_has_keys_and_a_plan_of_its_own(ledger: Ledger) -> 
 def test_another_head_can_not_take_over_a_reservation_without_a_commit(ledger: Ledger) -> None:
     reserved(ledger, key())
     with pytest.raises(RefusedError) as refusal:
-        ledger.reserve(key(head="h2"))
+        reserve(ledger, key(head="h2"))
     assert refusal.value.code == Refusal.ROUND_CONFLICT
+
+
+asked = st.builds(
+    Key,
+    site=st.sampled_from(["a", "b", "c"]),
+    study=st.just(STUDY),
+    round=st.integers(1, 4),
+    head=st.sampled_from(["h1", "h1", "h2"]),
+)
+
+
+def told(found: int | bytes | RefusedError) -> object:
+    """Return what does not depend on the order in which sites pay."""
+    match found:
+        case RefusedError():
+            return found.detail
+        case bytes():
+            return found
+        case int():
+            return int
+
+
+@given(st.lists(st.tuples(st.lists(asked, max_size=6), st.sets(st.integers(0, 5))), max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_many_at_once_are_paid_for_and_stored_like_one_after_the_other(
+    steps: list[tuple[list[Key], set[int]]],
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        one, many = (Ledger(Path(folder) / name) for name in ("one.db", "many.db"))
+        for each in (one, many):
+            for site in ("a", "b"):
+                each.grant(site, STUDY, PLAN, AMPLE, units=20)
+        for number, (keys, lost) in enumerate(steps):
+            alone = [one.reserve_all([key])[0] for key in keys]
+            together = many.reserve_all(keys)
+            assert list(map(told, together)) == list(map(told, alone))
+            computed = [
+                (first, second, f"{number} {place}".encode())
+                for place, (first, second) in enumerate(zip(alone, together, strict=True))
+                if isinstance(first, int) and isinstance(second, int) and place not in lost
+            ]
+            sent = [commit(one, first, made) for first, _, made in computed]
+            assert many.commit_all([(second, made) for _, second, made in computed]) == sent
+        for site in ("a", "b", "c"):
+            entries = [
+                [(e.kind, e.body.get("head"), e.body.get("payload")) for e in each.entries(site)]
+                for each in (one, many)
+            ]
+            assert entries[0] == entries[1]
+        one.verify()
+        many.verify()
+        one.close()
+        many.close()
+
+
+def test_what_is_asked_for_many_releases_is_looked_up_and_never_searched_for(
+    ledger: Ledger,
+) -> None:
+    for query in (_PAID, _SPENT, _STORED):
+        steps = [step for *_, step in ledger._chain.rows(f"EXPLAIN QUERY PLAN {query}", "[]")]
+        assert [step for step in steps if step.startswith("SCAN")] == [
+            "SCAN asked VIRTUAL TABLE INDEX 1:"
+        ]
 
 
 def test_every_commit_reaches_the_disk_before_it_returns(ledger: Ledger) -> None:
@@ -223,43 +301,43 @@ def test_an_inner_failure_undoes_its_own_step_alone(ledger: Ledger) -> None:
     with ledger.transaction():
         reservation = reserved(ledger, key())
         with pytest.raises(ZeroDivisionError), ledger.transaction():
-            ledger.commit(reservation, b"half")
+            commit(ledger, reservation, b"half")
             raise ZeroDivisionError
     assert len(ledger.events("a")) == 1
-    assert ledger.commit(reservation, b"whole") == b"whole"
+    assert commit(ledger, reservation, b"whole") == b"whole"
     ledger.verify()
 
 
 def test_a_release_without_noise_has_no_bound(ledger: Ledger) -> None:
     ledger.grant("a", OTHER, Plan(1, None, 1e-5), Terms(None, 2e-5), units=20)
-    ledger.reserve(Key("a", OTHER, 1, "h"))
+    reserve(ledger, Key("a", OTHER, 1, "h"))
     assert ledger.epsilon("a", 1e-5) == float("inf")
     assert ledger.life_epsilon("a") == float("inf")
 
 
 def test_sites_in_one_file_do_not_pay_for_each_other(ledger: Ledger) -> None:
     ledger.grant("b", STUDY, PLAN, AMPLE, units=20)
-    ledger.reserve(key(site="b"))
+    reserve(ledger, key(site="b"))
     assert ledger.epsilon("a", 1e-5) == 0
     assert ledger.epsilon("b", 1e-5) > 0
 
 
 def test_a_joined_transaction_is_all_or_nothing(ledger: Ledger) -> None:
     with pytest.raises(ZeroDivisionError), ledger.transaction():
-        ledger.commit(reserved(ledger, key()), b"noised")
+        commit(ledger, reserved(ledger, key()), b"noised")
         raise ZeroDivisionError
     assert ledger.events("a") == []
-    assert isinstance(ledger.reserve(key()), int)
+    assert isinstance(reserve(ledger, key()), int)
 
 
 def test_entries_survive_the_process_and_the_chain_fits(ledger: Ledger) -> None:
-    ledger.commit(reserved(ledger, key()), b"noised")
+    commit(ledger, reserved(ledger, key()), b"noised")
     head = ledger.head()
     ledger.close()
     again = Ledger(ledger.path)
     assert again.head() == head
     assert again.verify() == 5
-    assert again.reserve(key()) == b"noised"
+    assert reserve(again, key()) == b"noised"
 
 
 def test_entries_can_be_neither_changed_nor_removed(ledger: Ledger) -> None:
@@ -285,7 +363,7 @@ def test_entries_can_be_neither_changed_nor_removed(ledger: Ledger) -> None:
     ],
 )
 def test_verify_finds_a_forged_entry(ledger: Ledger, change: str) -> None:
-    ledger.commit(reserved(ledger, key()), b"noised")
+    commit(ledger, reserved(ledger, key()), b"noised")
     raw = sqlite3.connect(ledger.path)
     raw.executescript(f"DROP TRIGGER no_update; DROP TRIGGER no_delete; {change};")
     raw.close()
@@ -300,9 +378,9 @@ def test_an_older_copy_in_the_ledgers_place_is_noticed_by_its_anchor(
     with sqlite3.connect(older) as copy:
         ledger._chain._db.backup(copy)
     copy.close()
-    ledger.reserve(key())
+    reserve(ledger, key())
     anchor = ledger.head()
-    ledger.reserve(key())
+    reserve(ledger, key())
     assert ledger.verify(anchor) == 5
     ledger.close()
     with sqlite3.connect(older) as restored:
@@ -333,7 +411,7 @@ def test_a_rollback_that_failed_never_lets_what_follows_pass_for_written(
         with pytest.raises(ZeroDivisionError), ledger.transaction():
             raise ZeroDivisionError
     with pytest.raises(ChainError):
-        ledger.reserve(key())
+        reserve(ledger, key())
 
 
 def test_the_file_is_for_its_owner_alone(ledger: Ledger) -> None:
@@ -392,14 +470,17 @@ def test_threads_that_make_one_ledger_at_once_have_one(tmp_path: Path) -> None:
 
 RELEASE = """
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from veilgraft_client.ledger import Key, Ledger
 
 ledger = Ledger(Path(sys.argv[1]))
 sys.stdin.readline()
-found = ledger.reserve(Key("a", sys.argv[2], 1, "h1"))
-payload = found if isinstance(found, bytes) else ledger.commit(found, sys.argv[3].encode())
+(found,) = ledger.reserve_all([Key("a", sys.argv[2], 1, "h1")])
+(payload,) = [found] if isinstance(found, bytes) else ledger.commit_all(
+    [(found, sys.argv[3].encode())]
+)
 print(payload.decode())
 """
 
