@@ -8,9 +8,10 @@ language models can be strong differentially private learners, §4). So the clip
 before any gradient is formed, and the clipped sum is one matrix product.
 
 Guarantee: that of `training`. What has to be a unit's own to the last bit is δ, and with it the
-layers' outputs: they are `exact.product`s, of activations that are cut to 24 bits, and functions
-that NumPy and torch compute alike for every row. So are the Gram matrices. All else is within the
-mechanism's slack:
+layers' outputs, and the norm, with the choice of how it is found. They are `exact` products, of
+activations that are cut to 24 bits, and functions and sums over a row that NumPy and torch compute
+alike for every row of an array whose rows lie in memory one after the other. All else is within
+the mechanism's slack:
 
 - A norm is off by a few roundings, relatively; of several instances, of the *sum* of their norms,
   which where they cancel is far more than the unit's. So a unit whose instances' norms add up to
@@ -80,12 +81,14 @@ class Fused(Steps):
             raise ValueError("expected a learning rate with which a head stays below 1e60")
         self.mask: Mask = features.mask.numpy()
         # What is not computed with may hold anything, and 0 × NaN would be NaN.
-        there, values = self.mask & self.used.numpy()[:, None], features.values.numpy()
+        there = self.mask & self.used.numpy()[:, None]
+        # In one order of memory, which the order of NumPy's sums follows.
+        values = np.ascontiguousarray(features.values.numpy())
         if not there.all():
             values = np.where(there[:, :, None], values, 0.0)
         self.values = _cut(values)
         self.squares = _squares(self.values, self.mask)
-        self.targets: npt.NDArray[Any] = features.targets.numpy()
+        self.targets: npt.NDArray[Any] = self.features.targets.numpy()
 
     @property
     def largest_step(self) -> float:
@@ -255,7 +258,7 @@ class _Sites:
         inputs, slopes, fine = self._forward(layers, batch)
         residual = _residual(inputs.pop(), _rows(batch.targets))
         there, deltas = batch.counts, [residual]
-        # Features and weights are bounded: without a hidden layer nothing can overflow.
+        # Features, targets and weights are bounded: without a hidden layer nothing can overflow.
         if slopes:
             deltas, fine = _backward(layers, residual, slopes, fine)
             # One spoilt instance spoils its unit; one that is not there, nothing.
@@ -513,7 +516,9 @@ def _flat(arrays: heads.Arrays) -> Array:
 
 
 def _parts(values: npt.NDArray[Any]) -> Iterator[slice]:
-    return (slice(start, start + 2**14) for start in range(0, max(1, len(values)), 2**14))
+    """Cut units into parts of so many numbers, about, that copies of them are small."""
+    size = max(1, NUMBERS // max(1, math.prod(values.shape[1:])))
+    return (slice(start, start + size) for start in range(0, max(1, len(values)), size))
 
 
 def _squares(values: npt.NDArray[Any], mask: Mask) -> Array:
@@ -524,5 +529,6 @@ def _squares(values: npt.NDArray[Any], mask: Mask) -> Array:
 
 def _cut(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return features that products are exact for; the same where they are so already."""
-    found = np.concatenate([exact.rounded(values[part]) for part in _parts(values)])
-    return values if np.array_equal(values, found) else found
+    if all(np.array_equal(values[part], exact.rounded(values[part])) for part in _parts(values)):
+        return values
+    return np.concatenate([exact.rounded(values[part]) for part in _parts(values)])

@@ -3,9 +3,11 @@
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from veilgraft.model import head as heads
@@ -44,9 +46,10 @@ class Steps:
             mechanism.grid(study.privacy.clip_norm, sigma, self.dimension)
             if len(features) > mechanism.MAX_UNITS:
                 raise ValueError(f"expected at most {mechanism.MAX_UNITS} units")
-        self.used = _usable(features)
+        self.used = _usable(features, len(study.task.labels))
         if spoilt := int((~self.used).sum()):
-            log.warning("%d units count for nothing: features not finite or too large", spoilt)
+            log.warning("%d units count for nothing: not finite, too large or no label", spoilt)
+        self.features = replace(features, targets=_cleaned(features, self.used))
 
     @property
     def dim(self) -> int:
@@ -82,8 +85,26 @@ class Steps:
         return mechanism.noise(sources, steps, self.dimension, clip, self.sigma)
 
 
-def _usable(features: Features) -> Tensor:
-    """Tell which units hold nothing but numbers of a size to compute with, bool `(units,)`."""
-    largest = features.values.abs().amax(dim=2)
+def _usable(features: Features, labels: int) -> Tensor:
+    """Tell which units hold nothing but what can be computed with, bool `(units,)`.
+
+    Numbers of a size for it, and targets that are labels, or shares of them.
+    """
+    targets = features.targets
     # Written so that NaN fails; what a masked instance holds makes no difference.
-    return ((largest <= LARGEST) | ~features.mask).all(dim=1)
+    fine = features.values.abs().amax(dim=2) <= LARGEST
+    if targets.ndim == 3:
+        fine &= ((targets >= 0) & (targets <= 1)).all(dim=2)
+    else:
+        fine &= (targets >= 0) & (targets < labels)
+    return (fine | ~features.mask).all(dim=1)
+
+
+def _cleaned(features: Features, used: Tensor) -> Tensor:
+    """Return targets, zero where they are not trained on: what is there may be no label."""
+    there = features.mask & used.unsqueeze(1)
+    if bool(there.all()):
+        return features.targets
+    return torch.where(
+        there.unsqueeze(2) if features.targets.ndim == 3 else there, features.targets, 0
+    )

@@ -364,11 +364,12 @@ def test_noise_in_a_release_has_the_promised_deviation_for_the_declared_size(
 
 
 @pytest.mark.parametrize("contract", [study(), study(head=MLP), study("none")])
-def test_what_a_masked_instance_holds_has_no_effect(contract: Study) -> None:
+@pytest.mark.parametrize("target", [0, 1, -1, -100, LABELS])
+def test_what_a_masked_instance_holds_has_no_effect(contract: Study, target: int) -> None:
     held = features()
     assert not held.mask.all()
     values = torch.where(held.mask[..., None], held.values, 1e4)
-    targets = torch.where(held.mask, held.targets, 0)
+    targets = torch.where(held.mask, held.targets, target)
     first, second = (
         flat(trainer(contract, own).update(start(contract), 1.0, source()))
         for own in (held, Features(values, held.mask, targets))
@@ -598,6 +599,40 @@ def test_a_unit_with_a_number_too_large_counts_for_nothing_and_the_site_is_told(
         trainer(study(), own).update(zeros(study()), 1.0, source())
     assert np.array_equal(steps[0].total, steps[1].total)
     assert "1 units count for nothing" in caplog.text
+
+
+@pytest.mark.parametrize("target", [-1, -100, LABELS])
+def test_a_unit_with_no_label_of_the_study_counts_for_nothing(
+    steps: list[Step], target: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = features(20)
+    spoilt = held.select(torch.arange(20))
+    spoilt.targets[3, 0] = target
+    without = held.select(torch.arange(20) != 3)
+    for own in (spoilt, without):
+        trainer(study(), own).update(zeros(study()), 1.0, source())
+    assert np.array_equal(steps[0].total, steps[1].total)
+    assert "1 units count for nothing" in caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 1.5])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_share_of_a_label_that_is_none_spoils_its_unit_at_most(
+    steps: list[Step], value: float, there: bool
+) -> None:
+    contract = study(task="multilabel")
+    held = features(20, task="multilabel")
+    spoilt = held.select(torch.arange(20))
+    spoilt.targets[3, -1, 1] = value
+    spoilt.mask[3, -1] = there
+    without = held.select(torch.arange(20))
+    without.mask[3, -1:] = False
+    if there:
+        without.mask[3] = False
+    for own in (spoilt, without):
+        trainer(contract, own).update(zeros(contract), 1.0, source())
+    assert np.isfinite(steps[0].total).all()
+    assert np.array_equal(steps[0].total, steps[1].total)
 
 
 only_fused = pytest.mark.parametrize("engine", [Fused], ids=["fused"], indirect=True)

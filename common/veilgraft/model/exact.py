@@ -10,7 +10,7 @@ of threads, by the fastest product that there is.
 Rows are cut once, to `ROW_BITS` bits below their largest number: 6e-8 of it. The weight is cut into
 slices, whose products are added in a fixed order, and is good to 2^-36 of its own largest number.
 
-In NumPy: its products take less than half as long as torch's on AMD's CPUs, and as long on others.
+In NumPy: on AMD's CPUs, its products take from a third to two thirds as long as torch's.
 """
 
 import math
@@ -43,9 +43,11 @@ def rounded(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     [[1.0, 0.0]]
     """
     wide = rows.astype(np.float64)
-    shift = _above(wide, -1) * (_WHOLE * 2.0**-ROW_BITS)
-    wide += shift
-    wide -= shift
+    # A warning of what is not finite would tell.
+    with np.errstate(all="ignore"):
+        shift = _above(wide, -1) * (_WHOLE * 2.0**-ROW_BITS)
+        wide += shift
+        wide -= shift
     return wide.astype(rows.dtype, copy=False)
 
 

@@ -215,6 +215,8 @@ def add_noise(
     np.rint(found, out=found)
     found *= step
     found += drawn
+    # Two zeros that are both negative would stay so: a sign that only some sums can leave.
+    found += 0.0
     return found
 
 

@@ -77,7 +77,8 @@ class NoiseSource:
 
     The sequence is a function of the key and of the calls made, in order and with their sizes.
     Each call takes fresh keystream, so `normal(2)` then `normal(3)` is not `normal(5)`; nothing is
-    drawn ahead. Equal seeds give equal bytes on one kind of CPU and one build of torch.
+    drawn ahead. Equal seeds give equal bytes on one kind of CPU and one build of NumPy and
+    torch.
 
     Not for use by two threads at once. Never touches the global generators of torch, NumPy or
     `random`.

@@ -19,6 +19,7 @@ from veilgraft.privacy.mechanism import (
     MAX_DIMENSION,
     MAX_UNITS,
     SLACK,
+    add_noise,
     clip_factors,
     clipped_sum,
     grid,
@@ -404,3 +405,12 @@ def test_opacus_clips_and_sums_to_the_same_vector(
     clipped = torch.from_numpy(clip_factors(norms.numpy(), clip_norm) < 1.0)
     assert torch.equal(norms > clip_norm, clipped)
     assert (norms > clip_norm).double().mean() == 1.0 - quantile
+
+
+def test_no_sign_of_a_zero_tells_which_way_a_sum_was_rounded() -> None:
+    zeros = [
+        add_noise(np.array([t]), 1.0, 1.0, np.array([n]))
+        for t in (-1e-12, 0.0, -0.0, 1e-12)
+        for n in (0.0, -0.0)
+    ]
+    assert {zero.tobytes() for zero in zeros} == {np.zeros(1).tobytes()}
