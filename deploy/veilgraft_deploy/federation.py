@@ -1,43 +1,42 @@
 """One simulated federation: real coordinator, vaults and ledgers, on one of two engines.
 
-`inprocess` asks the vaults directly, one process; `ray` is Flower's own engine, for many cores or
-a cluster. Both run the same questions and answers through the same code.
+`inprocess` has all sites answered in this process; `ray` spreads them over processes, for many
+cores or a cluster. Both run the same questions and answers through the same code.
 """
 
 import contextlib
 import ctypes
-import functools
-import json
-import logging
-import os
 import secrets
+import socket
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from flwr.app import Context
 
 from veilgraft.chain import ChainError
+from veilgraft.errors import InputError
 from veilgraft.messages import Envelope
 from veilgraft.study import Study
-from veilgraft_client.app import client_app
 from veilgraft_client.ledger import Ledger
 from veilgraft_client.release import answers
 from veilgraft_client.vault import Vault
-from veilgraft_deploy.inprocess import InProcess
+from veilgraft_deploy.inprocess import Answers, InProcess
 from veilgraft_deploy.population import Population
 from veilgraft_deploy.progress import Silent, Watcher, noted
 from veilgraft_server import checkpoint, evaluation
-from veilgraft_server.app import Job, public_generator, server_app
+from veilgraft_server.app import Job, public_generator
 from veilgraft_server.app import run as conduct
+from veilgraft_server.carrier import Answer, Letter
 from veilgraft_server.checkpoint import Progress, Round
 
 SWITCH_SECONDS = 1e-5
+REACH_SECONDS = 10.0
+"""In which a Ray cluster must take a connection."""
 
 Engine = Literal["inprocess", "ray"]
 
@@ -78,6 +77,24 @@ class Run:
     def checkpoint(self) -> Path:
         """The coordinator's state."""
         return self.out / "checkpoint.safetensors"
+
+
+def check_engine(run: Run) -> None:
+    """Raise `InputError` where nothing is at a Ray cluster's address; Ray would try for minutes."""
+    address = run.ray_address
+    if address is None:
+        return
+    if run.engine != "ray":
+        raise InputError(f"--ray-address: expected --engine ray, got {run.engine}")
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), REACH_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--ray-address: expected HOST:PORT of a running Ray cluster, got {address}: {error}"
+        ) from error
 
 
 def federate(run: Run, population: Population) -> Progress:
@@ -154,6 +171,44 @@ def _check_paid(run: Run, ledger: Ledger, population: Population, history: Seque
 
 def _in_process(run: Run, job: Job, population: Population) -> None:
     ledger = Ledger(run.ledger)
+    vaults = _approved(run, ledger, population)
+    prepare(run, vaults)
+
+    def answer(asked: Sequence[Letter]) -> Sequence[Envelope]:
+        return answers([(vaults[letter.node], letter.envelope) for letter in asked])
+
+    with one_thread():
+        # One synced transaction for all that is answered at once, which ends before it leaves.
+        _converse(run, job, ledger, population, answer, ledger.transaction)
+    ledger.close()
+
+
+def _approved(run: Run, ledger: Ledger, population: Population) -> list[Vault]:
+    """Return the vaults of all sites, of which none has granted the study unless all have."""
+    vaults = [vault_of(run, ledger, population, index) for index in range(len(population.sites))]
+    with ledger.transaction():
+        for vault in vaults:
+            vault.approve(run.study)
+    return vaults
+
+
+def prepare(run: Run, vaults: Iterable[Vault]) -> None:
+    """Have all that is trained with at hand, and this process' memory set up for training."""
+    _allocate(mapped_from=2**16)
+    for vault in vaults:
+        vault.prepare(run.study)
+    _allocate(mapped_from=2**25, kept=2**28)
+
+
+def _converse(
+    run: Run,
+    job: Job,
+    ledger: Ledger,
+    population: Population,
+    answer: Answers,
+    scope: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Run the job's rounds; `scope` is entered around each use of `answer`."""
     # A public run's ledger is its own, and releases up to here are nobody's any more: first noted,
     # then, with the next write, let go. That of private records gives another run the same bytes.
     settled = gone = ledger.last()
@@ -164,31 +219,19 @@ def _in_process(run: Run, job: Job, population: Population) -> None:
             settled = ledger.last()
         job.tell(round_)
 
-    vaults = [_vault(run, ledger, population, index) for index in range(len(population.sites))]
-    with ledger.transaction():
-        for vault in vaults:
-            vault.approve(run.study)
-    _allocate(mapped_from=2**16)
-    for vault in vaults:
-        vault.prepare(run.study)
-
-    def answer(asked: Sequence[tuple[int, Envelope]]) -> Sequence[Envelope]:
+    def answered(asked: Sequence[Letter]) -> Sequence[Answer]:
         nonlocal gone
-        # One synced transaction for all of them, which ends before they leave.
-        with ledger.transaction():
+        with scope():
             if gone < settled:
                 ledger.let_go(gone, settled)
                 gone = settled
-            return answers([(vaults[node], envelope) for node, envelope in asked])
+            return answer(asked)
 
-    _allocate(mapped_from=2**25, kept=2**28)
-    with _one_thread():
-        conduct(replace(job, tell=tell), InProcess(answer, len(vaults)))
-    ledger.close()
+    conduct(replace(job, tell=tell), InProcess(answered, len(population.sites)))
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Train heads on one thread each: they are so small that threads cost more than they do.
 
     Many sites are trained on several threads all the same, group by group. Between two of torch's
@@ -219,67 +262,17 @@ def _allocate(mapped_from: int, kept: int = 2**17) -> None:
 
 
 def _ray(run: Run, job: Job, population: Population) -> None:
-    from flwr.simulation import run_simulation
+    # Not at the top: Ray takes a second, which nobody else need wait.
+    from veilgraft_deploy import blocks
 
     ledger = Ledger(run.ledger)
-    with ledger.transaction():
-        for index in range(len(population.sites)):
-            _vault(run, ledger, population, index).approve(run.study)
+    _approved(run, ledger, population)
+    with blocks.opened(run, population) as answer:
+        _converse(run, job, ledger, population, answer, contextlib.nullcontext)
     ledger.close()
-    shared = run.state.resolve() / f"population-{secrets.token_hex(8)}.safetensors"
-    population.save(shared)
-    study = run.study.model_dump(mode="json")
-    # Workers start in another folder.
-    places = {
-        "out": str(run.out.resolve()),
-        "population": str(shared),
-        "state": str(run.state.resolve()),
-    }
-    facts = {**places, "seed": run.seed, "study": study}
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    init = {"include_dashboard": False, "log_to_driver": False}
-    try:
-        run_simulation(
-            server_app=server_app(job),
-            client_app=client_app(functools.partial(_remote_vault, json.dumps(facts))),
-            num_supernodes=len(population.sites),
-            backend_config={
-                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-                "init_args": {**init, **_ray_place(run)},
-            },
-        )
-    finally:
-        shared.unlink(missing_ok=True)
 
 
-def _ray_place(run: Run) -> dict[str, str | int]:
-    if run.ray_address is not None:
-        return {"address": run.ray_address}
-    return {"num_cpus": os.cpu_count() or 1}
-
-
-def _remote_vault(facts: str, context: Context) -> Vault:
-    """Find a node's vault in a Ray worker, which may be on another machine with the same files."""
-    return _opened(facts, int(context.node_config["partition-id"]))
-
-
-@functools.lru_cache(maxsize=4096)
-def _opened(facts: str, index: int) -> Vault:
-    run, ledger, population = _shared(facts)
-    vault = _vault(run, ledger, population, index)
-    vault.approve(run.study)
-    return vault
-
-
-@functools.lru_cache(maxsize=1)
-def _shared(facts: str) -> tuple[Run, Ledger, Population]:
-    values = json.loads(facts)
-    study = Study.parse(values["study"], name="study")
-    run = Run(study, Path(values["out"]), Path(values["state"]), engine="ray", seed=values["seed"])
-    population = Population.load(Path(values["population"]))
-    return run, Ledger(run.ledger), population
-
-
-def _vault(run: Run, ledger: Ledger, population: Population, index: int) -> Vault:
+def vault_of(run: Run, ledger: Ledger, population: Population, index: int) -> Vault:
+    """Return the vault of the site with this index."""
     cohort = population.of(index)
     return Vault(population.sites[index], ledger, lambda _: cohort, seed=run.seed)

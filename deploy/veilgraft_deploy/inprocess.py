@@ -8,15 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import TypeAlias
 
-from veilgraft.messages import Envelope
-from veilgraft_server.carrier import Letter
+from veilgraft_server.carrier import Answer, Letter
 
 AT_ONCE = 1000
 """Questions answered together: so many answers are in memory, and in one of a ledger's writes."""
 
-Answers: TypeAlias = Callable[[Sequence[tuple[int, Envelope]]], Sequence[Envelope]]
-"""Answers questions, each to the node that it comes with, in their order; what it returns may
-leave."""
+Answers: TypeAlias = Callable[[Sequence[Letter]], Sequence[Answer]]
+"""Answers questions, each for its node, in their order; what it returns may leave."""
 
 
 class InProcess:
@@ -38,10 +36,9 @@ class InProcess:
         self._sent |= zip(ids, letters, strict=True)
         return ids
 
-    def fetch(self, ids: Sequence[str]) -> Iterator[tuple[str, Envelope]]:
+    def fetch(self, ids: Sequence[str]) -> Iterator[tuple[str, Answer]]:
         """Yield the answers, so many at a time."""
         for at in range(0, len(ids), AT_ONCE):
             some = ids[at : at + AT_ONCE]
             letters = [self._sent.pop(id_) for id_ in some]
-            asked = [(letter.node, letter.envelope) for letter in letters]
-            yield from zip(some, self._answers(asked), strict=True)
+            yield from zip(some, self._answers(letters), strict=True)

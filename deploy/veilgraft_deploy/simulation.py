@@ -21,7 +21,7 @@ from veilgraft_client.ledger import Ledger
 from veilgraft_deploy import folders
 from veilgraft_deploy.comparisons import compare as run_comparisons
 from veilgraft_deploy.custody import Custody, check_apart, keep, settled
-from veilgraft_deploy.federation import Engine, Run, federate
+from veilgraft_deploy.federation import Engine, Run, check_engine, federate
 from veilgraft_deploy.population import Population
 from veilgraft_deploy.progress import Silent, Watcher
 from veilgraft_deploy.source import Source
@@ -77,6 +77,7 @@ def simulate(
         )
     _check_folder(run, resume=resume, overwrite=overwrite, compare=compare)
     check_apart(study, run.state, run.out)
+    check_engine(run)
     # Private records have one ledger and one key, and so one run at a time.
     mine = [run.out] if study.simulation.data_is_public else [run.out, run.state]
     with ExitStack() as held:

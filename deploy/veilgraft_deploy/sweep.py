@@ -29,7 +29,7 @@ from veilgraft.plan import plan
 from veilgraft.study import Study
 from veilgraft_deploy import folders, sweep_report
 from veilgraft_deploy.custody import check_apart, settled
-from veilgraft_deploy.federation import Engine, Run, rehearse
+from veilgraft_deploy.federation import Engine, Run, check_engine, rehearse
 from veilgraft_deploy.population import Population
 from veilgraft_deploy.progress import Silent, Watcher
 from veilgraft_deploy.simulation import check_sites
@@ -175,6 +175,7 @@ def _checked(run: Run, *, overwrite: bool) -> list[Study]:
     if folders.described(run.out) is not None and not overwrite:
         raise InputError(f"{run.out}: holds a run; give --overwrite or another --out")
     check_apart(study, run.state, run.out)
+    check_engine(run)
     return found
 
 

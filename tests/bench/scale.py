@@ -1,7 +1,8 @@
 """What a simulation costs, against the number of sites, records, dimensions and rounds.
 
 Each point is a process of its own: random features, DP-SGD with ten local steps of sample rate .1,
-the in-process engine, everything but the backbone. `--headline` times 500,000 private steps.
+the in-process engine, everything but the backbone. `--headline` times 500,000 private steps, with
+`--engine ray` on Ray; processor time and memory are then those of the first process alone.
 Prints a table with the slope of each line on log-log axes, and draws docs/scale.png.
 """
 
@@ -34,12 +35,13 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--point", type=json.loads)
     options.add_argument("--headline", action="store_true")
+    options.add_argument("--engine", choices=["inprocess", "ray"], default="inprocess")
     options.add_argument("--most", type=int, default=10_000, help="sites at most")
     chosen = options.parse_args()
     if chosen.point:
         print(json.dumps(_run(**chosen.point)))
     elif chosen.headline:
-        print(json.dumps(_measured(HEADLINE)))
+        print(json.dumps(_measured({**HEADLINE, "engine": chosen.engine})))
     else:
         _all(chosen.most)
 
@@ -58,7 +60,7 @@ def _all(most: int) -> None:
     _draw(found)
 
 
-def _measured(point: dict[str, int]) -> dict[str, float]:
+def _measured(point: dict[str, Any]) -> dict[str, float]:
     command = [sys.executable, __file__, "--point", json.dumps(point)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     found: dict[str, float] = json.loads(done.stdout)
@@ -71,7 +73,9 @@ def _slope(points: list[tuple[int, float, float]]) -> float:
     return math.log(v / y) / math.log(u / x)
 
 
-def _run(sites: int, records: int, dimension: int, rounds: int) -> dict[str, float]:
+def _run(
+    sites: int, records: int, dimension: int, rounds: int, engine: Any = "inprocess"
+) -> dict[str, float]:
     import resource
 
     from veilgraft_deploy.federation import Run, federate
@@ -79,7 +83,7 @@ def _run(sites: int, records: int, dimension: int, rounds: int) -> dict[str, flo
     study = _study(sites, rounds)
     with tempfile.TemporaryDirectory() as folder:
         population = _population(study, sites, records, dimension, Path(folder))
-        run = Run(study, Path(folder) / "out", Path(folder) / "state")
+        run = Run(study, Path(folder) / "out", Path(folder) / "state", engine=engine)
         run.out.mkdir()
         started, used = time.perf_counter(), time.process_time()
         federate(run, population)
@@ -141,7 +145,7 @@ def _population(study: Any, sites: int, records: int, dimension: int, state: Pat
         for index in range(sites)
     )
     bounds = tuple(range(0, count + 1, records))
-    return Population(features, bounds, bounds[1:], own, features.select(slice(0, 100)))
+    return Population(features, bounds, bounds[1:], own, features.select(torch.arange(100)))
 
 
 def _draw(found: dict[str, list[tuple[int, float, float]]]) -> None:

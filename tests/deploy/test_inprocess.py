@@ -74,9 +74,9 @@ def test_no_more_is_answered_than_was_asked_for_and_fits_at_once(
     monkeypatch.setattr(inprocess, "AT_ONCE", 3)
     answered: list[list[int]] = []
 
-    def answer(asked: Sequence[tuple[int, Envelope]]) -> list[Envelope]:
-        answered.append([node for node, _ in asked])
-        return [Envelope(b"to " + envelope.header) for _, envelope in asked]
+    def answer(asked: Sequence[Letter]) -> list[Envelope]:
+        answered.append([letter.node for letter in asked])
+        return [Envelope(b"to " + letter.envelope.header) for letter in asked]
 
     carrier = InProcess(answer, 7)
     assert list(carrier.there()) == list(range(7))
@@ -88,7 +88,7 @@ def test_no_more_is_answered_than_was_asked_for_and_fits_at_once(
         (ids[node], Envelope(b"to %d" % node)) for node in range(3)
     ]
     assert answered == [[0, 1, 2]]
-    assert [envelope.header for _, envelope in found] == [b"to %d" % node for node in range(3, 7)]
+    assert [answer for _, answer in found] == [Envelope(b"to %d" % n) for n in range(3, 7)]
     assert answered == [[0, 1, 2], [3, 4, 5], [6]]
     assert carrier.send(letters)[0] not in ids
 
