@@ -9,14 +9,12 @@ from threadpoolctl import threadpool_limits
 from veilgraft.model.features import Features
 from veilgraft.study import Study
 from veilgraft_client.fused import Fused, fits
+from veilgraft_client.policy import AUTO
 
 if TYPE_CHECKING:
     from veilgraft_client.training import Trainer
 
 Engine: TypeAlias = Literal["auto", "opacus", "fused"]
-
-AUTO = "VEILGRAFT_ENGINE"
-"""Environment variable: what `auto` stands for, to run everything under one engine."""
 
 
 def trainer(

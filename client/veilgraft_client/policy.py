@@ -14,6 +14,9 @@ from veilgraft.messages import Request
 from veilgraft.plan import Plan
 from veilgraft.study import MAX_UNITS, RECORD, DataSource, Digest, Name, Study
 
+AUTO = "VEILGRAFT_ENGINE"
+"""Environment variable: what `engine: auto` stands for, to run everything under one engine."""
+
 LARGEST = 1e4
 """Of a feature and of a head's number; what is larger is a mistake or an attack. A unit that holds
 more counts for nothing, a head that does is refused."""

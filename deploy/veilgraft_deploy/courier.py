@@ -15,6 +15,7 @@ from pathlib import Path
 from veilgraft.errors import InputError, VeilgraftError
 from veilgraft.identity import PASSPHRASE_FILE
 from veilgraft_client.connection import DeskClient
+from veilgraft_client.policy import AUTO
 from veilgraft_client.separation import courier_command, vault_command
 from veilgraft_deploy import provision, supervisor
 from veilgraft_deploy.place import Place, coordinator
@@ -62,7 +63,7 @@ def start(place: Place) -> int:
         Service(
             "vault",
             vault,
-            {name: os.environ[name] for name in (PASSPHRASE_FILE,) if name in os.environ},
+            {name: os.environ[name] for name in (PASSPHRASE_FILE, AUTO) if name in os.environ},
             place.logs / "vault.log",
             ready=lambda: _answers(place),
             ready_seconds=READY_SECONDS,

@@ -15,7 +15,7 @@ from veilgraft.model import head as heads
 from veilgraft.model.features import Cohort, units
 from veilgraft.privacy import mechanism
 from veilgraft.study import Study
-from veilgraft_client import engines, fused, training
+from veilgraft_client import fused, policy, training
 from veilgraft_client.fused import Fused
 from veilgraft_client.ledger import Key, Ledger
 from veilgraft_client.policy import Site
@@ -56,7 +56,7 @@ class RacedLedger(WatchedLedger):
 @pytest.fixture(params=["fused", "opacus"], autouse=True)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What `auto` is; every test runs with each."""
-    monkeypatch.setenv(engines.AUTO, request.param)
+    monkeypatch.setenv(policy.AUTO, request.param)
     return str(request.param)
 
 

@@ -149,6 +149,19 @@ def _pushed(sent: Iterable[Call]) -> tuple[list[Any], dict[str, bytes]]:
     return pushed, {each.object_id: each.object_content for each in objects}
 
 
+def objects_named(sent: Iterable[Call]) -> set[str]:
+    """Return the ids of all objects that a site's answers are made of, pushed by it or not."""
+    pushed = [each for each in _pushed(sent)[0] if isinstance(each, PushMessagesRequest)]
+    trees = [tree for each in pushed for tree in each.message_object_trees]
+    return {id_ for tree in trees for id_ in inflatable_ids(tree)}
+
+
+def object_in(call: Call) -> str | None:
+    """Return the id of the object that a request brings; None where it brings none."""
+    message = call.message if call.path.startswith(fleet.PREFIX) else None
+    return message.object_id if isinstance(message, PushObjectRequest) else None
+
+
 def inflatable_ids(tree: Any) -> Iterator[str]:
     """Return the ids of an object and of all its parts."""
     yield tree.object_id

@@ -415,9 +415,15 @@ def test_nothing_tells_how_long_an_answer_took_to_compute(captured: Captured) ->
 
 def test_one_record_more_or_less_changes_no_field_and_no_size(captured: Captured) -> None:
     requests, answers = defaultdict(set), defaultdict(set)
+    # Both sites' answers hold these; who answers first is asked for them, the other is not.
+    equal = set.intersection(*(capture.objects_named(captured.calls[name]) for name in SITES))
     for name in SITES:
         # Whether a SuperNode that ends can still say so depends on who ends first.
-        running = [call for call in captured.calls[name] if call.path != ENDS]
+        running = [
+            call
+            for call in captured.calls[name]
+            if call.path != ENDS and capture.object_in(call) not in equal
+        ]
         requests[name] = {capture.shape(call) for call in running}
         answers[name] = {
             (type(reply).__name__, len(each.header), len(each.payload), len(each.signature))
