@@ -26,7 +26,7 @@ from veilgraft.plan import Plan, plan
 from veilgraft.study import Kind, Study
 from veilgraft_server import checkpoint, evaluation, rounds
 from veilgraft_server.aggregation import Average, largest_norm, validated
-from veilgraft_server.carrier import Carrier, Flower
+from veilgraft_server.carrier import Carrier
 from veilgraft_server.checkpoint import Drop, Progress, Round
 from veilgraft_server.post import REFUSED, Asked, Post
 from veilgraft_server.sites import Sites
@@ -86,17 +86,6 @@ def public_generator(study: Study) -> np.random.Generator:
     Else sites would be asked for one round twice, from two heads.
     """
     return np.random.default_rng(list(study.digest.encode()))
-
-
-def server_app(job: Job) -> ServerApp:
-    """Return the app that runs `job` to its end, or raises `QuorumError`."""
-    app = ServerApp()
-
-    @app.main()  # type: ignore[untyped-decorator]
-    def main(grid: Grid, context: Context) -> None:
-        run(job, Flower(grid))
-
-    return app
 
 
 def run(job: Job, carrier: Carrier) -> Sites:

@@ -17,7 +17,6 @@ class LocalGrid(Grid):  # type: ignore[misc]
     """Has `app` answer for `nodes` nodes."""
 
     def __init__(self, app: ClientApp, nodes: int) -> None:
-        self.context = _context(SERVER_NODE, -1)
         self._app = app
         self._contexts = {
             FIRST_NODE + index: _context(FIRST_NODE + index, index) for index in range(nodes)

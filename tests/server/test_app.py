@@ -15,8 +15,9 @@ from veilgraft.errors import QuorumError, Refusal
 from veilgraft.messages import Envelope, Here, Refused, Release, Request
 from veilgraft.model.score import Score
 from veilgraft.study import Study
-from veilgraft_server import checkpoint
-from veilgraft_server.app import Job, server_app
+from veilgraft_server import app, checkpoint
+from veilgraft_server.app import Job
+from veilgraft_server.carrier import Flower
 from veilgraft_server.checkpoint import Round
 
 Answer = Callable[[Request, Envelope], Envelope]
@@ -103,8 +104,7 @@ def run(
         evaluate=lambda _: None if accuracy is None else Score(accuracy, 1.0, 10),
         tell=told.append,
     )
-    grid = LocalGrid(sites(*answers), len(answers))
-    server_app(job)(grid, grid.context)
+    app.run(job, Flower(LocalGrid(sites(*answers), len(answers))))
     return told
 
 
