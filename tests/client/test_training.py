@@ -760,21 +760,25 @@ def test_all_that_decides_on_a_unit_is_its_own_to_the_last_bit(
     real = fused._Sites._gradient
 
     def watched(sites: Any, deltas: list[Array], inputs: list[Array]) -> Array:
-        seen.append(np.concatenate(deltas, axis=2)[0])
+        seen.append(np.concatenate(deltas, axis=2))
         return real(sites, deltas, inputs)
 
     monkeypatch.setattr(fused._Sites, "_gradient", watched)
     contract, held = study(head=HEADS[head]), features(200, instances=instances)
 
-    def decided(own: Features) -> Array:
+    def decided(*parts: tuple[int, int]) -> Array:
+        """Return what each site's units are scaled to, where these are the sites' units."""
         seen.clear()
-        trainer(contract, own).update(start(contract), 1.0, source())
-        return np.concatenate(seen)
+        engines = [Fused(contract, held.select(slice(*p)), sigma=SIGMA, units=9) for p in parts]
+        together([Work(each, start(contract), 1.0, source()) for each in engines])
+        return np.concatenate(seen, axis=1)
 
-    everything = decided(held)
-    for first, last in ((1, 200), (0, 1), *((70 - count, 70) for count in range(1, 71, 9))):
-        fewer = decided(held.select(slice(first, last)))
-        assert np.array_equal(fewer, everything[first * instances : last * instances])
+    (everything,) = decided((0, 200))
+    alone = [[(1, 200)], [(0, 1)], *([(70 - count, 70)] for count in range(1, 71, 9))]
+    for parts in (*alone, [(0, 3), (3, 70), (70, 71), (71, 200)], [(9, 9), (60, 68), (150, 200)]):
+        for (first, last), rows in zip(parts, decided(*parts), strict=True):
+            whole = everything[first * instances : last * instances]
+            assert np.array_equal(rows[: len(whole)], whole)
 
 
 @pytest.mark.parametrize("algorithm", ["dp-gd", "dp-sgd"])
