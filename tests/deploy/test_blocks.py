@@ -201,6 +201,7 @@ def _told(answer: Answer) -> tuple[str, str] | None:
     return release.site, release.payload
 
 
+@pytest.mark.drill
 @pytest.mark.ray
 def test_a_block_that_died_is_started_again_and_answers_with_the_same_bytes(
     tmp_path: Path, alone: Alone
@@ -211,6 +212,7 @@ def test_a_block_that_died_is_started_again_and_answers_with_the_same_bytes(
     assert after == before
 
 
+@pytest.mark.drill
 @pytest.mark.ray
 def test_a_block_that_is_gone_leaves_an_error_for_each_of_its_sites_alone(
     tmp_path: Path, alone: Alone
@@ -219,6 +221,7 @@ def test_a_block_that_is_gone_leaves_an_error_for_each_of_its_sites_alone(
     assert after == [None if index % CORES == 0 else each for index, each in enumerate(before)]
 
 
+@pytest.mark.drill
 @pytest.mark.ray
 def test_a_block_that_takes_longer_than_a_question_lives_is_not_waited_for(
     tmp_path: Path, alone: Alone
@@ -239,6 +242,7 @@ def _open_without_a_ledger(folder: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.drill
 @pytest.mark.ray
 def test_a_block_that_cannot_start_says_why_in_a_sentence(tmp_path: Path, alone: Alone) -> None:
     told = alone(_open_without_a_ledger, tmp_path)
@@ -254,6 +258,7 @@ def _sweep(study: Path, folder: Path, engine: str) -> Any:
     return report_of(folder / engine)["points"]
 
 
+@pytest.mark.drill
 @pytest.mark.ray
 def test_a_sweep_on_ray_finds_what_one_without_finds(tmp_path: Path, alone: Alone) -> None:
     grid = {"epsilon": [1.0, 3.0], "seeds": [0]}
