@@ -607,7 +607,7 @@ def test_a_unit_with_no_label_of_the_study_counts_for_nothing(
 ) -> None:
     held = features(20)
     spoilt = held.select(torch.arange(20))
-    spoilt.targets[3, 0] = target
+    spoilt.targets[3, 0], spoilt.mask[3, 0] = target, True
     without = held.select(torch.arange(20) != 3)
     for own in (spoilt, without):
         trainer(study(), own).update(zeros(study()), 1.0, source())
