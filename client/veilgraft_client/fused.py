@@ -81,7 +81,7 @@ class Fused(Steps):
             raise ValueError("expected a learning rate with which a head stays below 1e60")
         self.mask: Mask = features.mask.numpy()
         # What is not computed with may hold anything, and 0 × NaN would be NaN.
-        there = self.mask & self.used.numpy()[:, None]
+        there = self.there.numpy()
         # In one order of memory, which the order of NumPy's sums follows.
         values = np.ascontiguousarray(features.values.numpy())
         if not there.all():
@@ -208,25 +208,22 @@ class _Sites:
         return sum(sums[1:], start=sums[0]) if sums else np.zeros_like(self.start)
 
     def _released(self, found: Array) -> list[dict[str, Array]]:
-        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])[:-1]
-        return [
-            {
-                name: part.reshape(shape)
-                for (name, shape), part in zip(
-                    self.shapes.items(), np.split(row, ends), strict=True
-                )
-            }
-            for row in found
-        ]
+        sites = zip(*self._views(found), strict=True)
+        return [dict(zip(self.shapes, arrays, strict=True)) for arrays in sites]
 
     def _layers(self, flat: Array) -> Layers:
         """Return views of `(sites, dimension)`: each layer's weight and bias."""
-        parts, start = [], 0
+        views = self._views(flat)
+        return list(zip(views[::2], views[1::2], strict=True))
+
+    def _views(self, flat: Array) -> list[Array]:
+        """Return views of `(sites, dimension)`, one for each array of the head."""
+        views, start = [], 0
         for shape in self.shapes.values():
             end = start + math.prod(shape)
-            parts.append(flat[:, start:end].reshape(-1, *shape, copy=False))
+            views.append(flat[:, start:end].reshape(-1, *shape, copy=False))
             start = end
-        return list(zip(parts[::2], parts[1::2], strict=True))
+        return views
 
     def _batches(self, picked: "_Picked") -> "Iterator[Iterable[_Batch]]":
         """Yield, step by step, the units that were taken, in parts that fit into memory."""

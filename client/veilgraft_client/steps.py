@@ -30,6 +30,10 @@ class Steps:
         sigma: noise multiplier of every step; zero where the study is not private.
         units: how many the site declared to train on; never a measured number.
 
+    Attributes:
+        used: which units count, bool `(units,)`.
+        there: which instances are trained on: those of such units, bool `(units, instances)`.
+
     Raises:
         ValueError: settings that the mechanism can't keep its promise for. They stop here, before a
             round is paid.
@@ -49,7 +53,8 @@ class Steps:
         self.used = _usable(features, len(study.task.labels))
         if spoilt := int((~self.used).sum()):
             log.warning("%d units count for nothing: not finite, too large or no label", spoilt)
-        self.features = replace(features, targets=_cleaned(features, self.used))
+        self.there = features.mask & self.used.unsqueeze(1)
+        self.features = replace(features, targets=_cleaned(features.targets, self.there))
 
     @property
     def dim(self) -> int:
@@ -100,11 +105,8 @@ def _usable(features: Features, labels: int) -> Tensor:
     return (fine | ~features.mask).all(dim=1)
 
 
-def _cleaned(features: Features, used: Tensor) -> Tensor:
+def _cleaned(targets: Tensor, there: Tensor) -> Tensor:
     """Return targets, zero where they are not trained on: what is there may be no label."""
-    there = features.mask & used.unsqueeze(1)
     if bool(there.all()):
-        return features.targets
-    return torch.where(
-        there.unsqueeze(2) if features.targets.ndim == 3 else there, features.targets, 0
-    )
+        return targets
+    return torch.where(there.unsqueeze(2) if targets.ndim == 3 else there, targets, 0)
