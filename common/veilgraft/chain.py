@@ -235,10 +235,6 @@ class Chain:
             return self.select("SELECT * FROM entries ORDER BY seq")
         return self.select("SELECT * FROM entries WHERE site = ? ORDER BY seq", site)
 
-    def entry(self, seq: int) -> Entry:
-        """Return one entry."""
-        return next(self.select("SELECT * FROM entries WHERE seq = ?", seq))
-
     def append(self, site: str, study: str, kind: str, body: dict[str, Any]) -> int:
         """Add an entry, with the time, within a transaction; return its sequence number."""
         (seq,) = self.extend([(site, study, kind, body)])
